@@ -129,14 +129,11 @@ def _silence_mujoco():
         mujoco.set_mju_user_warning(lambda text: None if "settotalmass" in text else print(f"MuJoCo: {text}", file=sys.stderr))
 
 
-def check_finite(first_step, **arrays):
-    """Stop the run if an array of shape (T, N, ...) holds a NaN or an infinity; names the quantity and the step."""
+def check_finite(step, **arrays):
+    """Stop the run if one of the arrays holds a NaN or an infinity; names the quantity and the step."""
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            bad = ~np.isfinite(array.reshape(*array.shape[:2], -1)).all(-1)  # (T, N)
-            t, i = np.argwhere(bad)[0]
-            step = first_step + t * array.shape[1] * mpi.size() + i
-            raise RunError(f"{name} is not finite (environment {i}) at step {step:,}; the last good model.pt is kept")
+            raise RunError(f"{name} is not finite at step {step:,}; the last good model.pt is kept")
 
 
 class Logger:
@@ -166,23 +163,22 @@ class Logger:
     def log(self, **metrics):
         """Write one row; collective over the ranks.
 
-        A number is written as it is. A list or array gives four columns, Average, Std, Max and Min over the values of all
-        ranks (blank when there are none), or the mean alone for AVERAGE_ONLY. `TotalEnvInteracts` has to be among them;
-        `Time` (seconds since the start) and `StepsPerSec` (of this epoch) are added. Raises RunError for a number that
-        is not finite.
+        An int is the same on all ranks and written as it is; a float is averaged over the ranks. A list gives the columns
+        Average, Std, Max and Min over the values of all ranks, blank when there are none, or for AVERAGE_ONLY the mean
+        alone. `Time` (seconds since the start) and `StepsPerSec` (of this epoch, by `TotalEnvInteracts`) are added.
+        Raises RunError for a number that is not finite.
         """
-        row, steps, now = {}, metrics["TotalEnvInteracts"], time.time()
+        row = {}
         for name, value in metrics.items():
-            if np.ndim(value) == 0:
-                row[name] = value
-                continue
-            values = mpi.gather(value)
-            reduce = lambda f: f(values) if len(values) else ""  # noqa: E731
-            if name in self.AVERAGE_ONLY:
-                row[name] = reduce(np.mean)
+            if isinstance(value, list):
+                values = mpi.gather(value)
+                mean, std, high, low = (f(values) if len(values) else "" for f in (np.mean, np.std, np.max, np.min))
+                average_only = name in self.AVERAGE_ONLY
+                row |= {name: mean} if average_only else {f"Average{name}": mean, f"Std{name}": std}
+                row |= {} if average_only else {f"Max{name}": high, f"Min{name}": low}
             else:
-                row |= {f"Average{name}": reduce(np.mean), f"Std{name}": reduce(np.std)}
-                row |= {f"Max{name}": reduce(np.max), f"Min{name}": reduce(np.min)}
+                row[name] = value if isinstance(value, int) else mpi.average(value)
+        steps, now = row["TotalEnvInteracts"], time.time()
         for name, value in row.items():
             if value != "" and not math.isfinite(value):
                 raise RunError(f"{name} is {value} at step {steps:,}; the last good model.pt is kept")
@@ -203,7 +199,7 @@ class Logger:
         if self.dir:
             state = module.state_dict()
             for name, tensor in state.items():
-                if not torch.isfinite(tensor.float()).all() and not name.endswith(("low", "high")):
+                if not torch.isfinite(tensor).all():
                     raise RunError(f"parameter {name} is not finite at step {self.last_steps:,}; the last good model.pt is kept")
             torch.save(state, self.dir / "model.pt.tmp")
             os.replace(self.dir / "model.pt.tmp", self.dir / "model.pt")
