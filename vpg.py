@@ -1,0 +1,319 @@
+"""Vanilla Policy Gradient (VPG). Sutton et al. 2000, "Policy Gradient Methods for RL with Function Approximation".
+
+    L_pi = -mean log pi(act|obs) adv
+    L_v  =  mean (V(obs) - ret)^2,   ret = adv + V_old(obs)
+    adv  =  generalized advantage estimates (GAE), arXiv:1506.02438
+
+    python vpg.py --env-id Walker2d-v4
+    mpirun -n 4 python vpg.py --env-id Walker2d-v4
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium.spaces import Box, Discrete
+from torch import nn
+from torch.distributions import Categorical, Independent, Normal
+
+from utils import mpi
+from utils.logger import Logger, RunArgs, check, check_finite
+
+
+@dataclass
+class Args(RunArgs):
+    env_id: str = "HalfCheetah-v4"  # a Gymnasium environment with flat observations
+    seed: int = 0  # of networks, environments and actions
+    total_steps: int = 1_000_000  # environment steps in all
+    steps_per_epoch: int = 2000  # environment steps in a batch
+    num_envs: int = 8  # environments, stepped one after the other
+    max_ep_len: int | None = None  # steps until an episode is truncated; default: the environment's own limit
+    hidden_sizes: tuple[int, ...] = (64, 64)  # of the actor and of the critic
+    activation: Literal["tanh", "relu", "elu"] = "tanh"  # of the hidden layers
+    norm_obs: bool = True  # normalise observations by their running mean and deviation
+    gamma: float = 0.99  # discount
+    lam: float = 0.95  # lambda of GAE
+    pi_lr: float = 3e-4  # learning rate of the actor, falls linearly to 0
+    vf_lr: float = 3e-4  # learning rate of the critic, falls linearly to 0
+    train_v_iters: int = 5  # passes of the critic over a batch; the actor takes one step on all of it
+    minibatch_size: int = 100  # transitions in a gradient step of the critic
+
+
+class Batch(NamedTuple):
+    """Tensors of shape (T, N, ...): T steps in each of N environments."""
+
+    obs: torch.Tensor  # normalised
+    act: torch.Tensor  # as sampled, not clipped
+    logp: torch.Tensor  # log pi_old(act|obs), of the policy that acted
+    rew: torch.Tensor
+    next_obs: torch.Tensor  # normalised; the real final observation where an episode ends
+    terminated: torch.Tensor  # 1 where the return ends
+    done: torch.Tensor  # 1 where the episode ends: terminated or truncated
+
+
+class Buffer:
+    """Steps N environments and stores T steps of each, as arrays of shape (T, N, ...)."""
+
+    def __init__(self, envs, num_steps, seeds):
+        shape, obs_space, act_space = (num_steps, len(envs)), envs[0].observation_space, envs[0].action_space
+        self.obs, self.next_obs = (np.zeros((*shape, *obs_space.shape), np.float32) for _ in range(2))
+        self.act = np.zeros((*shape, *act_space.shape), np.int64 if isinstance(act_space, Discrete) else np.float32)
+        self.rew, self.terminated, self.done = (np.zeros(shape, np.float32) for _ in range(3))
+        self.envs, self.steps = envs, 0
+        self.now = np.array([env.reset(seed=int(seeds.integers(2**31)))[0] for env in envs], np.float32)  # (N, obs_dim)
+        self.ep_ret, self.ep_len = np.zeros(len(envs)), np.zeros(len(envs), int)
+
+    def collect(self, ac):
+        """Act for T steps in each environment. Returns the returns and the lengths of the episodes that ended."""
+        ep_rets, ep_lens = [], []
+        for t in range(len(self.obs)):
+            act = ac.sample(self.now)
+            self.obs[t], self.act[t] = self.now, act.cpu()
+            for i, (env, env_act) in enumerate(zip(self.envs, ac.to_env(act), strict=True)):
+                next_obs, rew, terminated, truncated, _ = env.step(env_act)
+                self.rew[t, i], self.next_obs[t, i] = rew, next_obs
+                self.terminated[t, i], self.done[t, i] = terminated, terminated or truncated
+                self.ep_ret[i] += rew
+                self.ep_len[i] += 1
+                if terminated or truncated:
+                    ep_rets.append(self.ep_ret[i])
+                    ep_lens.append(self.ep_len[i])
+                    self.ep_ret[i], self.ep_len[i] = 0, 0
+                    next_obs, _ = env.reset()
+                self.now[i] = next_obs
+            self.steps += len(self.envs) * mpi.size()
+            check_finite(self.steps, observation=self.next_obs[t], reward=self.rew[t])
+        return ep_rets, ep_lens
+
+    @torch.no_grad()
+    def batch(self, ac):
+        """What `collect` has stored, as a Batch."""
+        arrays = (self.act, self.rew, self.terminated, self.done)
+        act, rew, terminated, done = (torch.as_tensor(array, device=ac.device) for array in arrays)
+        obs, next_obs = ac.normalise(self.obs), ac.normalise(self.next_obs)
+        return Batch(obs, act, ac.pi(obs).log_prob(act), rew, next_obs, terminated, done)
+
+
+class RunningStats(nn.Module):
+    """Mean and variance of all data so far, over all ranks. As buffers they are saved with the networks."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("count", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, x):
+        """Take in x of shape (T, N, *shape). Chan et al. 1983, eq. 2.1."""
+        n = x.shape[0] * x.shape[1] * mpi.size()
+        mean = mpi.average(x.mean((0, 1)))
+        var = mpi.average((x - mean).square().mean((0, 1)))
+        total, delta = self.count + n, mean - self.mean
+        self.var.copy_((self.count * self.var + n * var + delta.square() * self.count * n / total) / total)
+        self.mean.add_(delta * n / total)
+        self.count.copy_(total)
+
+    def normalise(self, x):
+        return (x - self.mean) / torch.sqrt(self.var + 1e-8)
+
+    def denormalise(self, x):
+        return self.mean + x * torch.sqrt(self.var + 1e-8)
+
+
+def mlp(sizes, activation, out_gain):
+    """Linear layers with orthogonal weights, zero biases, and the activation between them."""
+    layers = []
+    for i, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        is_last = i == len(sizes) - 2
+        linear = nn.Linear(n_in, n_out)
+        nn.init.orthogonal_(linear.weight, out_gain if is_last else 2**0.5)
+        nn.init.zeros_(linear.bias)
+        layers += [linear] if is_last else [linear, activation()]
+    return nn.Sequential(*layers)
+
+
+class Actor(nn.Module):
+    """pi(act|obs): a Categorical over Discrete actions; over a Box, a Gaussian whose deviation is the same for all obs."""
+
+    def __init__(self, obs_dim, act_space, hidden_sizes, activation):
+        super().__init__()
+        self.discrete = isinstance(act_space, Discrete)
+        act_dim = int(act_space.n) if self.discrete else act_space.shape[0]
+        self.net = mlp([obs_dim, *hidden_sizes, act_dim], activation, out_gain=0.01)
+        if not self.discrete:
+            self.log_std = nn.Parameter(torch.full((act_dim,), -0.5))
+
+    def forward(self, obs):
+        """obs (..., obs_dim) -> a distribution whose log_prob and entropy are (...)"""
+        if self.discrete:
+            return Categorical(logits=self.net(obs), validate_args=False)
+        return Independent(Normal(self.net(obs), self.log_std.exp(), validate_args=False), 1, validate_args=False)
+
+
+class Critic(nn.Module):
+    """V(obs), in units in which the returns so far have mean 0 and deviation 1."""
+
+    def __init__(self, obs_dim, hidden_sizes, activation):
+        super().__init__()
+        self.net = mlp([obs_dim, *hidden_sizes, 1], activation, out_gain=1.0)
+
+    def forward(self, obs):
+        """obs (..., obs_dim) -> values (...)"""
+        return self.net(obs).squeeze(-1)
+
+
+class ActorCritic(nn.Module):
+    """Policy and value function, with the statistics that normalise observations and returns, and the actions' bounds."""
+
+    def __init__(self, obs_space, act_space, args):
+        super().__init__()
+        activation = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}[args.activation]
+        self.pi = Actor(obs_space.shape[0], act_space, args.hidden_sizes, activation)
+        self.v = Critic(obs_space.shape[0], args.hidden_sizes, activation)
+        self.obs_stats, self.ret_stats = RunningStats(obs_space.shape), RunningStats(())
+        self.norm_obs, self.device = args.norm_obs, torch.device(args.device)
+        if isinstance(act_space, Discrete):
+            low, high, scale, bias = act_space.start, act_space.start + act_space.n - 1, 1, act_space.start
+        else:  # the policy's -1 and 1 are the bounds of each dimension that has two
+            low, high = act_space.low, act_space.high
+            bounded = np.isfinite(low) & np.isfinite(high)
+            scale, bias = np.where(bounded, (high - low) / 2, 1), np.where(bounded, (high + low) / 2, 0)
+        for name, value in dict(low=low, high=high, scale=scale, bias=bias).items():
+            self.register_buffer(name, torch.as_tensor(value), persistent=False)
+        self.to(self.device)
+
+    def normalise(self, obs):
+        """obs: array (..., obs_dim) -> what the networks take: tensor (..., obs_dim), normalised, within -10 and 10"""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
+        return self.obs_stats.normalise(obs).clamp(-10, 10) if self.norm_obs else obs
+
+    @torch.no_grad()
+    def sample(self, obs, deterministic=False):
+        """obs: array (N, obs_dim) -> the policy's actions: tensor (N, act_dim) or (N,), unbounded where the space is a Box"""
+        pi = self.pi(self.normalise(obs))
+        return pi.mode if deterministic else pi.sample()
+
+    def to_env(self, act):
+        """The policy's actions: tensor (N, ...) -> what env.step takes: array (N, ...), scaled and clipped to the bounds"""
+        return torch.clamp(self.bias + self.scale * act, self.low, self.high).cpu().numpy()
+
+    def act(self, obs, deterministic=False):
+        """obs: array (N, obs_dim) -> what env.step takes: array (N, act_dim) or (N,)"""
+        return self.to_env(self.sample(obs, deterministic))
+
+
+def gae(rew, val, next_val, terminated, done, gamma, lam):  # all (T, N)
+    """adv_t = delta_t + gamma lam adv_{t+1} within an episode. Schulman et al. 2016, arXiv:1506.02438, eq. 16.
+
+    delta_t = rew_t + gamma (1 - terminated_t) V(next_obs_t) - V(obs_t): where an episode is truncated, or cut by the end
+    of the batch, the value of the observation that really came next stands for the rest of the return.
+    """
+    adv = rew + gamma * (1 - terminated) * next_val - val  # delta
+    for t in reversed(range(len(adv) - 1)):
+        adv[t] += gamma * lam * (1 - done[t]) * adv[t + 1]
+    return adv
+
+
+@torch.no_grad()
+def advantages(ac, batch, args):
+    """GAE with the current critic: advantages, normalised over all ranks, and returns, in units of the reward; all (T, N)."""
+    val, next_val = (ac.ret_stats.denormalise(ac.v(obs)) for obs in (batch.obs, batch.next_obs))
+    adv = gae(batch.rew, val, next_val, batch.terminated, batch.done, args.gamma, args.lam)
+    ret = adv + val
+    adv = adv - mpi.average(adv.mean())
+    return adv / (mpi.average(adv.square().mean()).sqrt() + 1e-8), ret
+
+
+def policy_loss(logp, adv):  # both (B,)
+    """-mean log pi(act|obs) adv"""
+    return -(logp * adv).mean()
+
+
+def value_loss(val, ret):  # both (B,), normalised
+    """mean (V(obs) - ret)^2"""
+    return (val - ret).square().mean()
+
+
+def approx_kl(logp, logp_old):  # both (B,)
+    """KL(pi_old | pi) estimated on actions of pi_old: mean (ratio - 1 - log ratio), no term of which is negative"""
+    log_ratio = logp - logp_old
+    return (torch.exp(log_ratio) - 1 - log_ratio).mean()
+
+
+def minibatches(size, *tensors):
+    """Shuffle tensors (T, N, ...) in the same way and split them into tuples of tensors (size, ...)."""
+    tensors = [x.flatten(0, 1) for x in tensors]
+    order = torch.randperm(len(tensors[0])).to(tensors[0].device)
+    return zip(*(x[order].split(size) for x in tensors), strict=True)
+
+
+def update(ac, optimizer, batch, args):
+    """One step of the actor on the whole batch, then several passes of the critic in minibatch steps."""
+    adv, ret = advantages(ac, batch, args)
+    ac.ret_stats.update(ret)
+    loss_pi = policy_loss(ac.pi(batch.obs).log_prob(batch.act), adv)
+    optimizer.zero_grad()
+    loss_pi.backward()
+    mpi.average_gradients(ac)
+    optimizer.step()
+    for _ in range(args.train_v_iters):
+        _, ret = advantages(ac, batch, args)  # anew in each pass, as the critic has changed
+        for obs, ret in minibatches(args.minibatch_size // mpi.size(), batch.obs, ac.ret_stats.normalise(ret)):
+            loss_v = value_loss(ac.v(obs), ret)
+            optimizer.zero_grad()
+            loss_v.backward()
+            mpi.average_gradients(ac)
+            optimizer.step()
+
+
+@torch.no_grad()
+def diagnose(ac, batch, args):
+    """What to log after an update: statistics of the whole batch."""
+    pi, val, (adv, ret) = ac.pi(batch.obs), ac.v(batch.obs), advantages(ac, batch, args)
+    logp = pi.log_prob(batch.act)
+    return dict(
+        VVals=ac.ret_stats.denormalise(val).flatten().tolist(),
+        LossPi=policy_loss(logp, adv).item(),
+        LossV=value_loss(val, ac.ret_stats.normalise(ret)).item(),
+        KL=approx_kl(logp, batch.logp).item(),
+        Entropy=pi.entropy().mean().item(),
+    )
+
+
+def train(args):
+    """Train as `args` (an Args) says and return the ActorCritic. Raises RunError for what cannot work."""
+    check(args, (Box, Discrete), num_envs=mpi.size(), steps_per_epoch=args.num_envs, minibatch_size=mpi.size())
+    torch.set_num_threads(args.torch_threads)
+    seeds = mpi.seed_everything(args.seed)
+    options = dict(max_episode_steps=args.max_ep_len, disable_env_checker=True)
+    envs = [gym.make(args.env_id, **options) for _ in range(args.num_envs // mpi.size())]
+    ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
+    mpi.broadcast(ac)
+    groups = [{"params": ac.pi.parameters(), "lr": args.pi_lr}, {"params": ac.v.parameters(), "lr": args.vf_lr}]
+    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
+    epochs = math.ceil(args.total_steps / args.steps_per_epoch)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 - epoch / epochs)
+    buffer = Buffer(envs, args.steps_per_epoch // args.num_envs, seeds)
+    logger = Logger(args, __file__)
+
+    for epoch in range(epochs):
+        ep_rets, ep_lens = buffer.collect(ac)
+        batch = buffer.batch(ac)
+        update(ac, optimizer, batch, args)
+        scheduler.step()
+        metrics = dict(EpRet=ep_rets, EpLen=ep_lens, TotalEnvInteracts=buffer.steps, **diagnose(ac, batch, args))
+        logger.log(Epoch=epoch, **metrics)
+        ac.obs_stats.update(torch.as_tensor(buffer.obs, device=ac.device))  # not earlier: pi_old is the policy that acted
+        if epoch % args.save_freq == 0 or epoch == epochs - 1:
+            logger.save_model(ac)
+    logger.close()
+    return ac
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))
