@@ -184,7 +184,8 @@ class ActorCritic(nn.Module):
         else:  # the policy's -1 and 1 are the bounds of each dimension that has two
             low, high = act_space.low, act_space.high
             bounded = np.isfinite(low) & np.isfinite(high)
-            scale, bias = np.where(bounded, (high - low) / 2, 1), np.where(bounded, (high + low) / 2, 0)
+            scale, bias = np.ones_like(low), np.zeros_like(low)
+            scale[bounded], bias[bounded] = ((high - low) / 2)[bounded], ((high + low) / 2)[bounded]
         for name, value in dict(low=low, high=high, scale=scale, bias=bias).items():
             self.register_buffer(name, torch.as_tensor(value), persistent=False)
         self.to(self.device)

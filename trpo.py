@@ -190,7 +190,8 @@ class ActorCritic(nn.Module):
         else:  # the policy's -1 and 1 are the bounds of each dimension that has two
             low, high = act_space.low, act_space.high
             bounded = np.isfinite(low) & np.isfinite(high)
-            scale, bias = np.where(bounded, (high - low) / 2, 1), np.where(bounded, (high + low) / 2, 0)
+            scale, bias = np.ones_like(low), np.zeros_like(low)
+            scale[bounded], bias[bounded] = ((high - low) / 2)[bounded], ((high + low) / 2)[bounded]
         for name, value in dict(low=low, high=high, scale=scale, bias=bias).items():
             self.register_buffer(name, torch.as_tensor(value), persistent=False)
         self.to(self.device)
@@ -258,8 +259,14 @@ def flat_grad(output, params, **options):
     return torch.cat([grad.flatten() for grad in torch.autograd.grad(output, params, **options)])
 
 
+def fisher_vector_product(kl, params, damping_coeff):
+    """The function v -> (H + damping_coeff I) v for vectors (P,), where H (P, P) is the Hessian of kl and never built."""
+    kl_grad = flat_grad(kl, params, create_graph=True)
+    return lambda v: mpi.average(flat_grad(kl_grad @ v, params, retain_graph=True)) + damping_coeff * v
+
+
 def conjugate_gradient(product, b, iters):
-    """The solution x (P,) of H x = b, given the function product(v) = H v of a positive definite H. Hestenes & Stiefel 1952."""
+    """Solve H x = b for x (P,), given product(v) = H v with a positive definite H. Hestenes & Stiefel 1952."""
     x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
     square = residual @ residual
     for _ in range(iters):
@@ -293,13 +300,9 @@ def update_policy(ac, batch, adv, args):
 
     loss_pi, kl = loss_and_kl()
     g = -mpi.average(flat_grad(loss_pi, params, retain_graph=True))
-    kl_grad = flat_grad(kl, params, create_graph=True)
-
-    def fisher_vector_product(v):
-        return mpi.average(flat_grad(kl_grad @ v, params, retain_graph=True)) + args.damping_coeff * v
-
-    x = conjugate_gradient(fisher_vector_product, g, args.cg_iters)
-    step = torch.sqrt(2 * args.delta / (x @ fisher_vector_product(x) + 1e-8)) * x
+    product = fisher_vector_product(kl, params, args.damping_coeff)
+    x = conjugate_gradient(product, g, args.cg_iters)
+    step = torch.sqrt(2 * args.delta / (x @ product(x) + 1e-8)) * x
     theta, loss_old = parameters_to_vector(params).detach(), mpi.average(loss_pi.item())
     for j in range(args.backtrack_iters):
         vector_to_parameters(theta + args.backtrack_coeff**j * step, params)

@@ -1,0 +1,88 @@
+"""Small environments with known numbers, and helpers to run the scripts as a user does."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+
+import ppo  # noqa: E402
+import trpo  # noqa: E402
+import vpg  # noqa: E402
+
+ON_POLICY = [vpg, trpo, ppo]
+
+
+class Count(gym.Env):
+    """Step k of an episode shows [k] and pays k; the episode terminates after `length` steps. Actions change nothing."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
+    action_space = gym.spaces.Box(-0.4, 0.4, (2,), np.float32)
+
+    def __init__(self, length=3, discrete=False):
+        self.length = length
+        if discrete:
+            self.action_space = gym.spaces.Discrete(3, start=5)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.k = 0
+        return np.array([0.0]), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.k += 1
+        return np.array([float(self.k)]), float(self.k), self.k == self.length, False, {}
+
+
+class Broken(Count):
+    """Count, but at the 150th step of all its episodes it shows or pays `bad`."""
+
+    def __init__(self, where="reward", bad=float("nan"), **options):
+        super().__init__(**options)
+        self.where, self.bad, self.total = where, bad, 0
+
+    def step(self, action):
+        obs, rew, terminated, truncated, info = super().step(np.clip(action, -0.4, 0.4))
+        self.total += 1
+        if self.total == 150:
+            obs, rew = (obs, self.bad) if self.where == "reward" else (np.array([self.bad]), rew)
+        return obs, rew, terminated, truncated, info
+
+
+gym.register("Count-v0", lambda **options: Count(**options))
+gym.register("CountDiscrete-v0", lambda **options: Count(discrete=True, **options))
+gym.register("Broken-v0", lambda **options: Broken(**options))
+gym.register("BrokenObs-v0", lambda **options: Broken(where="observation", bad=float("inf"), **options))
+
+
+@pytest.fixture(params=ON_POLICY, ids=lambda script: script.__name__)
+def script(request):
+    return request.param
+
+
+def small(script, tmp_path, **changes):
+    """Arguments of a run of a second."""
+    options = dict(env_id="CartPole-v1", total_steps=400, steps_per_epoch=200, num_envs=2, minibatch_size=50)
+    return script.Args(**(options | dict(data_dir=str(tmp_path)) | changes))
+
+
+def run(*command, cwd=ROOT, timeout=120, **env):
+    """Run a command as a user would; `env` adds environment variables. Returns the CompletedProcess."""
+    path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | dict(PATH=path, OMP_NUM_THREADS="1", COLUMNS="200") | env
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def rows(run_dir, without=("Time", "StepsPerSec")):
+    """progress.txt as a list of dicts of strings."""
+    header, *lines = (pathlib.Path(run_dir) / "progress.txt").read_text().splitlines()
+    names = header.split("\t")
+    return [{n: v for n, v in zip(names, line.split("\t"), strict=True) if n not in without} for line in lines]

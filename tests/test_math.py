@@ -1,0 +1,292 @@
+"""Each formula against an independent computation."""
+
+import inspect
+import math
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ON_POLICY, small
+
+import ppo
+import trpo
+import vpg
+
+GAMMA, LAM = 0.9, 0.8
+
+
+def make(script, env_id, num_envs, num_steps, max_ep_len=None, **changes):
+    torch.manual_seed(0)
+    args = small(script, "unused", gamma=GAMMA, lam=LAM, norm_obs=False, **changes)
+    envs = [gym.make(env_id, max_episode_steps=max_ep_len) for _ in range(num_envs)]
+    ac = script.ActorCritic(envs[0].observation_space, envs[0].action_space, args)
+    buffer = script.Buffer(envs, num_steps, np.random.default_rng(0))
+    return args, ac, buffer
+
+
+def returns(script, args, ac, batch):
+    """Value targets of a critic that says V(obs) = 10 obs; its normaliser is still the identity."""
+    fake = SimpleNamespace(ret_stats=ac.ret_stats, v=lambda obs: 10 * obs.squeeze(-1))
+    adv, ret = script.advantages(fake, batch, args)
+    return adv, ret
+
+
+def test_terminated(script):
+    """Count ends after 3 steps: rewards 1 2 3 at observations 0 1 2, and nothing follows."""
+    args, ac, buffer = make(script, "Count-v0", 1, 3)
+    buffer.collect(ac)
+    adv, ret = returns(script, args, ac, buffer.batch(ac))
+    # delta = (1 + .9*10 - 0, 2 + .9*20 - 10, 3 - 20) = (10, 10, -17);  gamma lam = .72
+    expected = np.array([10 + 0.72 * (10 + 0.72 * -17), 10 + 0.72 * -17, -17])
+    assert ret.squeeze(-1).tolist() == pytest.approx(expected + [0, 10, 20], abs=1e-4)
+    assert adv.squeeze(-1).tolist() == pytest.approx((expected - expected.mean()) / expected.std(), abs=1e-4)
+    assert buffer.terminated.ravel().tolist() == [0, 0, 1]
+
+
+def test_truncated(script):
+    """A limit of 2 steps: the last one bootstraps with the observation 2 that it saw, not with the 0 after the reset."""
+    args, ac, buffer = make(script, "Count-v0", 1, 4, max_ep_len=2)
+    buffer.collect(ac)
+    _, ret = returns(script, args, ac, buffer.batch(ac))
+    # delta = (1 + 9 - 0, 2 + 18 - 10) = (10, 10), twice
+    assert ret.squeeze(-1).tolist() == pytest.approx([10 + 0.72 * 10, 10 + 10] * 2, abs=1e-4)
+    assert buffer.terminated.sum() == 0 and buffer.done.ravel().tolist() == [0, 1, 0, 1]
+    assert buffer.next_obs.ravel().tolist() == [1, 2, 1, 2]
+
+
+def test_cut_by_the_end_of_the_batch(script):
+    """Batches of 2 steps cut the episode of 3: the first bootstraps with observation 2, the second goes on from there."""
+    args, ac, buffer = make(script, "Count-v0", 1, 2)
+    assert buffer.collect(ac) == ([], [])
+    _, ret = returns(script, args, ac, buffer.batch(ac))
+    assert ret.squeeze(-1).tolist() == pytest.approx([10 + 0.72 * 10, 10 + 10], abs=1e-4)
+    assert buffer.collect(ac) == ([6.0], [3])
+    _, ret = returns(script, args, ac, buffer.batch(ac))
+    assert ret.squeeze(-1).tolist() == pytest.approx([20 - 17, 0 + 10], abs=1e-4)
+
+
+def test_gae_is_the_double_sum(script):
+    generator = torch.Generator().manual_seed(0)
+    rew, val, next_val = (torch.randn(30, 4, generator=generator) for _ in range(3))
+    terminated = (torch.rand(30, 4, generator=generator) < 0.1).float()
+    done = torch.maximum(terminated, (torch.rand(30, 4, generator=generator) < 0.1).float())
+    adv = script.gae(rew, val, next_val, terminated, done, GAMMA, LAM)
+    for n in range(4):
+        for t in range(30):
+            total = 0.0
+            for k in range(t, 30):
+                delta = rew[k, n] + GAMMA * next_val[k, n] * (1 - terminated[k, n]) - val[k, n]
+                total += (GAMMA * LAM) ** (k - t) * delta.item()
+                if done[k, n]:
+                    break
+            assert adv[t, n].item() == pytest.approx(total, abs=1e-4)
+
+
+def test_first_ratio_is_one_and_the_stored_action_is_unclipped(script):
+    """In a box of limit 0.4 the environment gets actions inside (Count asserts it), the buffer those that were sampled."""
+    args, ac, buffer = make(script, "Count-v0", 4, 50)
+    seen = []
+    sample = ac.sample
+
+    def spy(obs):
+        act = sample(obs)
+        mean, std = ac.pi.net(ac.normalise(obs)), ac.pi.log_std.exp()
+        seen.append((-0.5 * ((act - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1))
+        return act
+
+    ac.sample = spy
+    buffer.collect(ac)
+    batch = buffer.batch(ac)
+    assert np.abs(buffer.act).max() > 1
+    assert torch.allclose(batch.logp, torch.stack(seen), atol=1e-5)
+    for obs, act, logp_old in script.minibatches(50, batch.obs, batch.act, batch.logp):
+        assert torch.allclose(torch.exp(ac.pi(obs).log_prob(act) - logp_old), torch.ones(50), atol=1e-5)
+
+
+def test_actions_use_each_dimensions_own_bounds(script):
+    low, high = np.array([-0.4, 0.0, -np.inf], np.float32), np.array([0.4, 3.0, np.inf], np.float32)
+    obs_space = gym.spaces.Box(-1, 1, (2,))
+    ac = script.ActorCritic(obs_space, gym.spaces.Box(low, high), small(script, "unused"))
+    assert ac.to_env(torch.tensor([[0.5, 0.0, 7.0], [-9.0, -9.0, -9.0]])).tolist() == [
+        pytest.approx([0.2, 1.5, 7.0]),
+        pytest.approx([-0.4, 0.0, -9.0]),
+    ]
+
+
+def test_discrete_actions_begin_at_start(script):
+    args, ac, buffer = make(script, "CountDiscrete-v0", 2, 20)
+    buffer.collect(ac)  # Count asserts 5 <= action <= 7
+    assert set(buffer.act.ravel()) == {0, 1, 2}
+    logits = ac.pi.net(buffer.batch(ac).obs)
+    expected = torch.log(torch.softmax(logits, -1)).gather(-1, torch.as_tensor(buffer.act).unsqueeze(-1)).squeeze(-1)
+    assert torch.allclose(buffer.batch(ac).logp, expected, atol=1e-6)
+
+
+def test_gaussian_entropy(script):
+    _, ac, buffer = make(script, "Count-v0", 1, 5)
+    buffer.collect(ac)
+    entropy = ac.pi(buffer.batch(ac).obs).entropy()
+    assert entropy.shape == (5, 1)
+    assert torch.allclose(entropy, torch.tensor(2 * (-0.5 + 0.5 * math.log(2 * math.pi * math.e))))
+
+
+def test_running_stats_are_those_of_all_the_data(script):
+    stats = script.RunningStats((3,))
+    data = torch.randn(7, 20, 5, 3) * torch.tensor([1.0, 10.0, 0.1]) + torch.tensor([0.0, 100.0, -5.0])
+    for x in data:
+        stats.update(x)
+    flat = data.reshape(-1, 3).double().numpy()
+    assert stats.mean.numpy() == pytest.approx(flat.mean(0), rel=1e-4, abs=1e-4)
+    assert stats.var.numpy() == pytest.approx(flat.var(0), rel=1e-3)
+    x = torch.randn(4, 3)
+    assert torch.allclose(stats.denormalise(stats.normalise(x)), x, atol=1e-3)
+
+
+def test_networks_give_no_trailing_dimension(script):
+    _, ac, buffer = make(script, "Count-v0", 3, 5)
+    buffer.collect(ac)
+    batch = buffer.batch(ac)
+    assert ac.v(batch.obs).shape == ac.pi(batch.obs).log_prob(batch.act).shape == batch.rew.shape == (5, 3)
+    assert ac.act(np.zeros((3, 1), np.float32)).shape == (3, 2)
+
+
+def test_minibatches_hold_every_transition_once(script):
+    x = torch.arange(24).view(6, 4)
+    parts = list(script.minibatches(5, x, x.unsqueeze(-1) * 2))
+    assert [len(a) for a, _ in parts] == [5, 5, 5, 5, 4]
+    assert sorted(torch.cat([a for a, _ in parts]).tolist()) == list(range(24))
+    assert all((b.squeeze(-1) == 2 * a).all() for a, b in parts)
+
+
+def test_approx_kl_is_the_kl_divergence(script):
+    torch.manual_seed(0)
+    old, new = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(0.3, 0.9)
+    act = old.sample((200_000,))
+    expected = torch.distributions.kl_divergence(old, new).item()
+    assert script.approx_kl(new.log_prob(act), old.log_prob(act)).item() == pytest.approx(expected, rel=0.03)
+
+
+def test_value_loss(script):
+    assert script.value_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])).item() == pytest.approx(2.5)
+
+
+def test_ppo_loss_by_hand():
+    ratio, adv = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1]), torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0])
+    # min(r A, clip(r) A): 1.2, -1.5, 0.5, -0.8, 2.2
+    loss = ppo.policy_loss(ratio.log(), torch.zeros(5), adv, clip_ratio=0.2)
+    assert loss.item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8 + 2.2) / 5)
+
+
+def test_ppo_gradient_vanishes_beyond_the_clip():
+    logp = torch.tensor([1.0, -1.0, 1.0, -1.0], requires_grad=True)
+    ppo.policy_loss(logp, torch.zeros(4), torch.tensor([1.0, -1.0, -1.0, 1.0]), clip_ratio=0.2).backward()
+    assert logp.grad.tolist() == pytest.approx([0, 0, math.e / 4, -math.exp(-1) / 4], abs=1e-6)
+
+
+@pytest.mark.parametrize("target_kl, passes", [(1e-9, 1), (1e9, 4)])
+def test_ppo_stops_after_the_pass_that_went_too_far(target_kl, passes):
+    args, ac, buffer = make(ppo, "CartPole-v1", 2, 100, target_kl=target_kl, train_iters=4)
+    buffer.collect(ac)
+    before = ac.pi.net[0].weight.clone()
+    assert ppo.update(ac, torch.optim.Adam(ac.parameters(), 1e-3), buffer.batch(ac), args) == passes
+    assert not torch.equal(before, ac.pi.net[0].weight)
+
+
+def test_vpg_gradient_is_the_score_function():
+    """For a Categorical with logits z: d log pi(a) / dz = onehot(a) - softmax(z)."""
+    logits = torch.randn(5, 3, requires_grad=True)
+    act, adv = torch.tensor([0, 1, 2, 2, 0]), torch.randn(5)
+    vpg.policy_loss(torch.distributions.Categorical(logits=logits).log_prob(act), adv).backward()
+    score = torch.eye(3)[act] - torch.softmax(logits, -1)
+    assert torch.allclose(logits.grad, -(score * adv[:, None]) / 5, atol=1e-6)
+
+
+def test_vpg_takes_one_policy_step_and_no_value_step_without_passes():
+    args, ac, buffer = make(vpg, "CartPole-v1", 2, 100, train_v_iters=0)
+    buffer.collect(ac)
+    critic, actor = ac.v.net[0].weight.clone(), ac.pi.net[0].weight.clone()
+    vpg.update(ac, torch.optim.Adam(ac.parameters(), 1e-3), buffer.batch(ac), args)
+    assert torch.equal(critic, ac.v.net[0].weight)
+    assert (ac.pi.net[0].weight - actor).abs().max().item() == pytest.approx(1e-3, rel=1e-2)  # Adam's first step is lr
+
+
+def trpo_parts(env_id="Count-v0", **changes):
+    args, ac, buffer = make(trpo, env_id, 4, 50, hidden_sizes=(5,), **changes)
+    with torch.no_grad():
+        for p in ac.pi.parameters():
+            p.add_(0.3 * torch.randn_like(p))  # away from the small first weights
+    buffer.collect(ac)
+    return args, ac, buffer.batch(ac), list(ac.pi.parameters())
+
+
+@pytest.mark.parametrize("env_id", ["Count-v0", "CountDiscrete-v0"])
+def test_fisher_vector_product_is_autograds_hessian(env_id):
+    _, ac, batch, params = trpo_parts(env_id)
+    names = [name for name, _ in ac.pi.named_parameters()]
+    with torch.no_grad():
+        pi_old = ac.pi(batch.obs)
+    sizes = [p.numel() for p in params]
+
+    def kl_of(theta):
+        parts = {n: part.view_as(p) for n, part, p in zip(names, theta.split(sizes), params, strict=True)}
+        return torch.distributions.kl_divergence(pi_old, torch.func.functional_call(ac.pi, parts, batch.obs)).mean()
+
+    theta = torch.cat([p.detach().flatten() for p in params])
+    hessian = torch.autograd.functional.hessian(kl_of, theta)
+    product = trpo.fisher_vector_product(torch.distributions.kl_divergence(pi_old, ac.pi(batch.obs)).mean(), params, 0.1)
+    v = torch.randn_like(theta)
+    assert torch.allclose(product(v), hessian @ v + 0.1 * v, atol=1e-5)
+
+
+def test_conjugate_gradient_solves_the_system():
+    torch.manual_seed(0)
+    root = torch.randn(20, 20, dtype=torch.float64)
+    matrix, b = root @ root.T + torch.eye(20), torch.randn(20, dtype=torch.float64)
+    x = trpo.conjugate_gradient(lambda v: matrix @ v, b, 40)
+    assert torch.allclose(x, torch.linalg.solve(matrix, b), atol=1e-6)
+    assert trpo.conjugate_gradient(lambda v: matrix @ v, torch.zeros(20), 10).tolist() == [0] * 20
+
+
+def test_natural_step_has_length_delta():
+    """Without damping, the natural gradient's step has KL = delta to second order, along H^-1 g."""
+    args, ac, batch, params = trpo_parts(algo="npg", delta=1e-5, damping_coeff=1e-6, cg_iters=50)
+    adv = torch.randn_like(batch.rew)
+    with torch.no_grad():
+        pi_old = ac.pi(batch.obs)
+    assert trpo.update_policy(ac, batch, adv, args) == 0
+    kl = torch.distributions.kl_divergence(pi_old, ac.pi(batch.obs)).mean().item()
+    assert kl == pytest.approx(1e-5, rel=0.1)
+
+
+@pytest.mark.parametrize("delta", [1e-3, 0.05, 0.5])
+def test_line_search_keeps_the_promise(delta):
+    args, ac, batch, params = trpo_parts(delta=delta)
+    adv = torch.randn_like(batch.rew)
+    with torch.no_grad():
+        pi_old = ac.pi(batch.obs)
+        before = trpo.policy_loss(batch.logp, batch.logp, adv)
+    assert trpo.update_policy(ac, batch, adv, args) < args.backtrack_iters
+    with torch.no_grad():
+        pi = ac.pi(batch.obs)
+    assert torch.distributions.kl_divergence(pi_old, pi).mean() <= delta
+    assert trpo.policy_loss(pi.log_prob(batch.act), batch.logp, adv) < before
+
+
+def test_line_search_restores_the_parameters_when_nothing_helps():
+    args, ac, batch, params = trpo_parts()
+    before = [p.clone() for p in params]
+    assert trpo.update_policy(ac, batch, torch.zeros_like(batch.rew), args) == args.backtrack_iters
+    assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+
+
+@pytest.mark.parametrize("name", "Batch Buffer RunningStats mlp Actor Critic gae advantages value_loss approx_kl minibatches".split())
+def test_copies_are_one_text(name):
+    assert len({inspect.getsource(getattr(script, name)) for script in ON_POLICY}) == 1
+
+
+def test_every_argument_is_read(script):
+    source = inspect.getsource(script)
+    for name in script.Args.__annotations__:
+        assert f"args.{name}" in source, name
