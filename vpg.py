@@ -29,7 +29,7 @@ class Args(RunArgs):
     env_id: str = "HalfCheetah-v4"  # a Gymnasium environment with flat observations
     seed: int = 0  # of networks, environments and actions
     total_steps: int = 1_000_000  # environment steps in all
-    steps_per_epoch: int = 2000  # environment steps in a batch
+    steps_per_epoch: int = 1000  # environment steps in a batch
     num_envs: int = 8  # environments, stepped one after the other
     max_ep_len: int | None = None  # steps until an episode is truncated; default: the environment's own limit
     hidden_sizes: tuple[int, ...] = (64, 64)  # of the actor and of the critic
@@ -37,7 +37,7 @@ class Args(RunArgs):
     norm_obs: bool = True  # normalise observations by their running mean and deviation
     gamma: float = 0.99  # discount
     lam: float = 0.95  # lambda of GAE
-    pi_lr: float = 3e-4  # learning rate of the actor, falls linearly to 0
+    pi_lr: float = 5e-3  # learning rate of the actor, falls linearly to 0
     vf_lr: float = 3e-4  # learning rate of the critic, falls linearly to 0
     train_v_iters: int = 5  # passes of the critic over a batch; the actor takes one step on all of it
     minibatch_size: int = 100  # transitions in a gradient step of the critic

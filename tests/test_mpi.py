@@ -1,0 +1,149 @@
+"""Two ranks are the same algorithm, hold the same parameters, and never hang."""
+
+import sys
+import time
+
+import pytest
+from conftest import ROOT, rows, run
+
+SMALL = "--total-steps 800 --steps-per-epoch 200 --num-envs 2 --minibatch-size 50".split()
+
+
+def mpirun(*command, ranks=2, **options):
+    return run("mpirun", "-n", ranks, sys.executable, *command, **options)
+
+
+def test_ranks_hold_the_same_parameters_and_write_once(script, tmp_path):
+    """Every rank prints a digest of its state; the actions of the ranks differ, their networks do not."""
+    program = f"""
+import sys, hashlib, {script.__name__} as script
+from utils import mpi
+rets = []
+collect = script.Buffer.collect
+def spy(self, ac):
+    result = collect(self, ac)
+    rets.append(float(self.act.sum()))
+    return result
+script.Buffer.collect = spy
+ac = script.train(script.Args(env_id="Hopper-v4", total_steps=800, steps_per_epoch=200, num_envs=2, minibatch_size=50,
+                              data_dir={str(tmp_path)!r}))
+state = b"".join(tensor.numpy().tobytes() for tensor in ac.state_dict().values())
+sys.stdout.write(f"DIGEST {{hashlib.sha256(state).hexdigest()}} {{rets[0]}}\\n")
+"""
+    (tmp_path / "program.py").write_text(program)
+    done = mpirun(tmp_path / "program.py", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    (_, digest, acts), (_, other_digest, other_acts) = (x.split() for x in done.stdout.splitlines() if x.startswith("DIGEST"))
+    assert digest == other_digest and acts != other_acts
+    name = f"{script.__name__}_Hopper-v4"
+    assert [p.name for p in (tmp_path / name).iterdir()] == [f"{name}_s0"]
+    assert [row["TotalEnvInteracts"] for row in rows(tmp_path / name / f"{name}_s0")] == ["200", "400", "600", "800"]
+
+
+def test_averaged_gradient_is_the_whole_batchs_gradient(script, tmp_path):
+    """Each rank takes its half of a batch; statistics and gradients equal those of the whole."""
+    program = f"""
+import torch, {script.__name__} as script
+from gymnasium.spaces import Box
+from utils import mpi
+torch.manual_seed(0)
+args = script.Args()
+ac = script.ActorCritic(Box(-1, 1, (3,)), Box(-1, 1, (2,)), args)
+obs, act, rew = torch.randn(10, 4, 3), torch.randn(10, 4, 2), torch.randn(10, 4)
+zero = torch.zeros(10, 4)
+def batch(n):
+    logp = ac.pi(obs[:, n]).log_prob(act[:, n]).detach()
+    return script.Batch(obs[:, n], act[:, n], logp, rew[:, n], obs[:, n] + 1, zero[:, n], zero[:, n])
+def gradient(b, adv, ret):
+    logp = ac.pi(b.obs).log_prob(b.act)
+    extra = dict(clip_ratio=0.2) if script.__name__ == "ppo" else {{}}
+    loss = script.policy_loss(*([logp, adv] if script.__name__ == "vpg" else [logp, b.logp, adv]), **extra)
+    ac.zero_grad()
+    (loss + script.value_loss(ac.v(b.obs), ret)).backward()
+half = batch(slice(2 * mpi.rank(), 2 * mpi.rank() + 2))
+adv, ret = script.advantages(ac, half, args)
+gradient(half, adv, ret)
+mpi.average_gradients(ac)
+mine = [p.grad.clone() for p in ac.parameters()]
+stats = script.RunningStats((3,))
+stats.update(half.obs)
+mpi._comm = None  # now alone, with the whole batch
+whole = batch(slice(None))
+adv, ret = script.advantages(ac, whole, args)
+gradient(whole, adv, ret)
+assert all(torch.allclose(a, p.grad, atol=1e-5) for a, p in zip(mine, ac.parameters(), strict=True))
+assert max(g.abs().max() for g in mine) > 1e-3
+assert torch.allclose(stats.mean, obs.mean((0, 1)), atol=1e-6) and stats.count == 40
+assert torch.allclose(stats.var, obs.var((0, 1), correction=0), atol=1e-5)
+print("EQUAL")
+"""
+    (tmp_path / "program.py").write_text(program)
+    done = mpirun(tmp_path / "program.py", PYTHONPATH=str(ROOT))
+    assert done.stdout.count("EQUAL") == 2, done.stderr
+
+
+def test_fisher_vector_product_is_averaged(tmp_path):
+    program = """
+import torch, trpo
+from gymnasium.spaces import Box
+from utils import mpi
+torch.manual_seed(0)
+ac = trpo.ActorCritic(Box(-1, 1, (3,)), Box(-1, 1, (2,)), trpo.Args())
+obs, params = torch.randn(40, 3), list(ac.pi.parameters())
+v = torch.randn(sum(p.numel() for p in params))
+def product(obs):
+    with torch.no_grad():
+        pi_old = ac.pi(obs)
+    return trpo.fisher_vector_product(trpo.kl_divergence(pi_old, ac.pi(obs)).mean(), params, 0.1)(v)
+mine = product(obs[20 * mpi.rank() : 20 * mpi.rank() + 20])
+mpi._comm = None
+assert torch.allclose(mine, product(obs), atol=1e-5)
+print("EQUAL")
+"""
+    (tmp_path / "program.py").write_text(program)
+    done = mpirun(tmp_path / "program.py", PYTHONPATH=str(ROOT))
+    assert done.stdout.count("EQUAL") == 2, done.stderr
+
+
+def test_exception_on_one_rank_ends_the_job(script, tmp_path):
+    program = f"""
+import {script.__name__} as script
+from utils import mpi
+update = script.update
+def broken(*args):
+    if mpi.rank() == 1:
+        raise ValueError("broken on purpose")
+    return update(*args)
+script.update = broken
+script.train(script.Args(env_id="CartPole-v1", total_steps=10**6, num_envs=2, data_dir={str(tmp_path)!r}))
+"""
+    (tmp_path / "program.py").write_text(program)
+    start = time.time()
+    done = mpirun(tmp_path / "program.py", PYTHONPATH=str(ROOT), timeout=60)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr and "ValueError: broken on purpose" in done.stderr
+    assert time.time() - start < 20  # of which importing torch on a busy machine may take half
+
+
+def test_epoch_without_an_ended_episode_is_blank_on_two_ranks(script, tmp_path):
+    """Episodes of 3 steps, batches of 2 steps in each environment: no episode ends in the first epoch."""
+    options = "--env-id conftest:Count-v0 --total-steps 8 --steps-per-epoch 4 --num-envs 2 --minibatch-size 2 --exp-name x".split()
+    path = f"{ROOT}:{ROOT / 'tests'}"
+    done = mpirun(ROOT / f"{script.__name__}.py", *options, "--data-dir", tmp_path, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    first, second = rows(tmp_path / "x/x_s0")
+    assert first["AverageEpRet"] == first["EpLen"] == "" and second["AverageEpRet"] == "6.0"
+
+
+def test_what_does_not_divide_by_the_ranks_is_refused(script, tmp_path):
+    done = mpirun(ROOT / f"{script.__name__}.py", "--num-envs", 3, "--steps-per-epoch", 300, cwd=tmp_path)
+    assert done.returncode != 0 and done.stderr.count("error:") == 1
+    assert "--num-envs 3: does not divide by the number of ranks, 2; try 2 or 4" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("blocked", ["mpi4py", "wandb"])
+def test_runs_without_the_optional_packages(tmp_path, blocked):
+    program = f"import sys; sys.modules[{blocked!r}] = None; import ppo, tyro; ppo.train(tyro.cli(ppo.Args))"
+    done = run(sys.executable, "-c", program, *SMALL, "--env-id", "CartPole-v1", "--data-dir", tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,219 @@
+"""Whole runs: learning, determinism, what they leave on disk, and what stops them."""
+
+import json
+import math
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, rows, run, small
+
+from utils.mpi import RunError
+
+RUN = "{0}_CartPole-v1/{0}_CartPole-v1_s0"
+
+
+def run_dir(script, tmp_path):
+    return tmp_path / RUN.format(script.__name__)
+
+
+def evaluate(ac, env_id, episodes=10):
+    """Mean return of the deterministic policy."""
+    import gymnasium as gym
+
+    env, total = gym.make(env_id), 0.0
+    for seed in range(episodes):
+        (obs, _), done = env.reset(seed=1000 + seed), False
+        while not done:
+            obs, rew, terminated, truncated, _ = env.step(ac.act(obs[None], deterministic=True)[0])
+            total, done = total + rew, terminated or truncated
+    return total / episodes
+
+
+@pytest.mark.parametrize("env_id, steps, goal", [("CartPole-v1", 30_000, 450), ("InvertedPendulum-v4", 60_000, 900)])
+def test_learns(script, tmp_path, env_id, steps, goal):
+    """The files' defaults, with fewer steps. A random policy gets 20 on CartPole and 6 on InvertedPendulum."""
+    ac = script.train(script.Args(env_id=env_id, total_steps=steps, seed=1, data_dir=str(tmp_path)))
+    assert evaluate(ac, env_id) > goal
+
+
+def test_same_seed_same_rows_and_weights(script, tmp_path):
+    first, second = (script.train(small(script, tmp_path, env_id="Hopper-v4")) for _ in range(2))
+    other = script.train(small(script, tmp_path, env_id="Hopper-v4", seed=1))
+    parent = tmp_path / f"{script.__name__}_Hopper-v4"
+    names = [f"{parent.name}_s0", f"{parent.name}_s0_1", f"{parent.name}_s1"]
+    assert sorted(p.name for p in parent.iterdir()) == names
+    a, b, c = (rows(parent / name) for name in names)
+    assert a == b and a != c
+    for x, y, z in zip(first.parameters(), second.parameters(), other.parameters(), strict=True):
+        assert torch.equal(x, y)
+        assert x.std() == 0 or not torch.equal(x, z)
+
+
+def test_run_directory(script, tmp_path):
+    ac = script.train(small(script, tmp_path, total_steps=1000))
+    path = run_dir(script, tmp_path)
+    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.pt", "progress.txt"]
+    config = json.loads((path / "config.json").read_text())
+    assert config["gamma"] == 0.99 and config["script"] == f"{script.__name__}.py" and config["ranks"] == 1
+    table = rows(path, without=())
+    columns = "Epoch AverageEpRet StdEpRet MaxEpRet MinEpRet EpLen TotalEnvInteracts AverageVVals LossPi LossV KL Entropy Time StepsPerSec"
+    assert set(columns.split()) <= set(table[0])
+    assert [row["TotalEnvInteracts"] for row in table] == ["200", "400", "600", "800", "1000"]
+    assert all(math.isfinite(float(row["StepsPerSec"])) for row in table)
+    state = torch.load(path / "model.pt", weights_only=True)
+    fresh = script.ActorCritic(*spaces("CartPole-v1"), small(script, tmp_path))
+    fresh.load_state_dict(state)
+    obs = np.random.default_rng(0).normal(size=(20, 4))
+    assert np.array_equal(fresh.act(obs, deterministic=True), ac.act(obs, deterministic=True))
+    assert torch.equal(fresh.obs_stats.mean, ac.obs_stats.mean) and fresh.obs_stats.count == 1000
+
+
+def spaces(env_id):
+    import gymnasium as gym
+
+    env = gym.make(env_id)
+    return env.observation_space, env.action_space
+
+
+def test_episodes_are_counted_right_across_epochs(script, tmp_path):
+    """Count-v0 has episodes of 3 steps that pay 6; batches of 4 steps in each of 2 environments cut them."""
+    args = small(script, tmp_path, env_id="Count-v0", exp_name="x", total_steps=24, steps_per_epoch=8, minibatch_size=4)
+    script.train(args)
+    table = rows(tmp_path / "x/x_s0")
+    assert all((row["AverageEpRet"], row["StdEpRet"], row["EpLen"]) == ("6.0", "0.0", "3.0") for row in table)
+
+
+def test_epoch_without_an_ended_episode_is_blank(script, tmp_path):
+    script.train(small(script, tmp_path, env_id="Count-v0", exp_name="x", total_steps=8, steps_per_epoch=4, minibatch_size=4))
+    first, second = rows(tmp_path / "x/x_s0")
+    assert {first[name] for name in ("AverageEpRet", "StdEpRet", "MaxEpRet", "MinEpRet", "EpLen")} == {""}
+    assert second["AverageEpRet"] == "6.0"
+
+
+def test_rounds_up_to_whole_epochs(script, tmp_path):
+    script.train(small(script, tmp_path, total_steps=201))
+    assert rows(run_dir(script, tmp_path))[-1]["TotalEnvInteracts"] == "400"
+
+
+@pytest.mark.parametrize("env_id, quantity", [("Broken-v0", "reward"), ("BrokenObs-v0", "observation")])
+def test_nan_stops_the_run_and_keeps_the_model(script, tmp_path, env_id, quantity):
+    """Two environments: the 150th step of the first is step 299 or 300 of the run, in its second epoch."""
+    args = small(script, tmp_path, env_id=env_id, exp_name="x", total_steps=2000)
+    with pytest.raises(RunError, match=rf"{quantity} is not finite at step 300\b"):
+        script.train(args)
+    saved = torch.load(tmp_path / "x/x_s0/model.pt", weights_only=True)
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+    assert len(rows(tmp_path / "x/x_s0")) == 1
+
+
+def test_nan_loss_stops_the_run(script, tmp_path):
+    args = small(script, tmp_path, env_id="Count-v0", exp_name="x", total_steps=2000, vf_lr=1e38)
+    with pytest.raises(RunError, match=r"is (nan|inf|-inf) at step 200\b"):
+        script.train(args)
+    assert not (tmp_path / "x/x_s0/model.pt").exists()
+
+
+def test_script_and_utils_alone_are_enough(script, tmp_path):
+    shutil.copy(ROOT / f"{script.__name__}.py", tmp_path / "mine.py")
+    shutil.copytree(ROOT / "utils", tmp_path / "utils")
+    options = "--env-id CartPole-v1 --total-steps 400 --steps-per-epoch 200 --num-envs 2 --minibatch-size 50".split()
+    done = run(sys.executable, "mine.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(rows(tmp_path / "data/mine_CartPole-v1/mine_CartPole-v1_s0")) == 2
+    assert "steps/s" in done.stdout and "left" in done.stdout
+
+
+def test_help_explains_every_argument(script):
+    done = run(sys.executable, ROOT / f"{script.__name__}.py", "--help")
+    for name in script.Args.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in done.stdout
+    assert done.stdout.count("(default:") == len(script.Args.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(env_id="HalfCheeta-v4"), ["HalfCheeta-v4", "HalfCheetah-v4"]),
+        (dict(env_id="Nonsense-v0"), ["--env-id Nonsense-v0"]),
+        (dict(env_id="FrozenLake-v1"), ["Discrete(16)", "FlattenObservation"]),
+        (dict(gamma=1.5), ["--gamma 1.5", "between 0 and 1"]),
+        (dict(gamma=float("nan")), ["--gamma nan"]),
+        (dict(total_steps=0), ["--total-steps 0", "at least 1"]),
+        (dict(vf_lr=-1.0), ["--vf-lr -1.0"]),
+        (dict(hidden_sizes=(64, 0)), ["--hidden-sizes 64 0"]),
+        (dict(seed=-1), ["--seed -1"]),
+        (dict(steps_per_epoch=201), ["--steps-per-epoch 201", "200 or 202"]),
+        (dict(exp_name="../../x"), ["--exp-name", "../../x"]),
+        (dict(exp_name=""), ["--exp-name"]),
+        (dict(device="cuda:99"), ["--device cuda:99"]),
+    ],
+    ids=lambda x: str(x) if isinstance(x, dict) else "",
+)
+def test_bad_input_is_refused_before_anything_is_written(script, tmp_path, changes, words):
+    with pytest.raises(RunError) as error:
+        script.train(small(script, tmp_path, **changes))
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_action_space_that_no_script_handles(script, tmp_path):
+    import gymnasium as gym
+    from conftest import Count
+
+    class Many(Count):
+        action_space = gym.spaces.MultiDiscrete([2, 3])
+
+    gym.register("Many-v0", Many)
+    with pytest.raises(RunError, match=r"MultiDiscrete.*no script here can"):
+        script.train(small(script, tmp_path, env_id="Many-v0"))
+
+
+def test_command_line_error_is_one_line_without_traceback(script, tmp_path):
+    done = run(sys.executable, ROOT / f"{script.__name__}.py", "--gamma", "1.5", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.strip() == "error: --gamma 1.5: has to be between 0 and 1"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_environment_ids_with_a_module_do_not_nest_directories(script, tmp_path):
+    script.train(small(script, tmp_path, env_id="conftest:Count-v0", total_steps=200))
+    assert (tmp_path / f"{script.__name__}_conftest-Count-v0" / f"{script.__name__}_conftest-Count-v0_s0" / "progress.txt").exists()
+
+
+def test_data_dir_that_is_a_file(script, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match="--data-dir"):
+        script.train(small(script, tmp_path, data_dir=str(tmp_path / "file")))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_max_ep_len_truncates(script, tmp_path):
+    script.train(small(script, tmp_path, max_ep_len=7))
+    assert all(float(row["EpLen"]) <= 7 for row in rows(run_dir(script, tmp_path)))
+
+
+def test_observations_are_normalised_inside_the_model(tmp_path):
+    import ppo
+
+    ac = ppo.train(small(ppo, tmp_path, env_id="Hopper-v4"))
+    raw = ppo.train(small(ppo, tmp_path, env_id="Hopper-v4", norm_obs=False))
+    obs = np.full((1, 11), 3.0)
+    assert torch.allclose(raw.normalise(obs), torch.full((1, 11), 3.0))
+    expected = (3.0 - ac.obs_stats.mean) / torch.sqrt(ac.obs_stats.var + 1e-8)
+    assert torch.allclose(ac.normalise(obs), expected.clamp(-10, 10))
+
+
+def test_wandb_offline(tmp_path):
+    """The run's rows and configuration reach W&B's files without a network or a key."""
+    import ppo
+
+    pytest.importorskip("wandb")
+    args = "--env-id CartPole-v1 --total-steps 400 --steps-per-epoch 200 --num-envs 2 --track --data-dir".split()
+    done = run(sys.executable, ROOT / "ppo.py", *args, tmp_path, cwd=tmp_path, WANDB_MODE="offline", WANDB_API_KEY="secret0" * 6)
+    assert done.returncode == 0, done.stderr
+    path = run_dir(ppo, tmp_path)
+    assert list((path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert "secret0" not in (path / "config.json").read_text() + done.stdout + done.stderr
