@@ -231,7 +231,10 @@ def gae(rew, val, next_val, terminated, done, gamma, lam):  # all (T, N)
 @torch.no_grad()
 def advantages(ac, batch, args):
     """GAE with the current critic: advantages, normalised over all ranks, and returns, in units of the reward; all (T, N)."""
-    val, next_val = (ac.ret_stats.denormalise(ac.v(obs)) for obs in (batch.obs, batch.next_obs))
+    val = ac.ret_stats.denormalise(ac.v(batch.obs))
+    next_val, ends = val.roll(-1, 0), batch.done.bool()
+    ends[-1] = True  # elsewhere next_obs is the obs of the next step, whose value is known already
+    next_val[ends] = ac.ret_stats.denormalise(ac.v(batch.next_obs[ends]))
     adv = gae(batch.rew, val, next_val, batch.terminated, batch.done, args.gamma, args.lam)
     ret = adv + val
     adv = adv - mpi.average(adv.mean())
