@@ -49,9 +49,10 @@ def main(args):
         smooth = pd.DataFrame(
             {i: rows.set_index("TotalEnvInteracts")["AverageEpRet"].rolling(args.window, 1).mean() for i, rows in enumerate(seeds)}
         )
-        mean = smooth.mean(axis=1, skipna=False).iloc[args.window - 1 :]
-        each = ", ".join(f"{best:.0f}" for best in smooth.iloc[args.window - 1 :].max())
-        print(f"{algo:10}{env_id:16}{len(seeds):6}{mean.max():9.0f}{mean.idxmax():11,}{mean.iloc[-1]:9.0f}   {each}")
+        smooth = smooth.iloc[min(args.window, len(smooth)) - 1 :]
+        mean = smooth.mean(axis=1, skipna=False)
+        each = ", ".join(f"{best:.0f}" for best in smooth.max())
+        print(f"{algo:10}{env_id:16}{len(seeds):6}{mean.max():9.0f}{mean.fillna(-1e9).idxmax():11,}{mean.iloc[-1]:9.0f}   {each}")
 
 
 if __name__ == "__main__":

@@ -47,9 +47,9 @@ def test_same_seed_same_rows_and_weights(script, tmp_path):
     assert sorted(p.name for p in parent.iterdir()) == names
     a, b, c = (rows(parent / name) for name in names)
     assert a == b and a != c
-    for x, y, z in zip(first.parameters(), second.parameters(), other.parameters(), strict=True):
+    for x, y in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(x, y)
-        assert x.std() == 0 or not torch.equal(x, z)
+    assert any(not torch.equal(x, z) for x, z in zip(first.parameters(), other.parameters(), strict=True))
 
 
 def test_run_directory(script, tmp_path):

@@ -102,7 +102,7 @@ def check(args, action_spaces, **divisors):
     try:
         env = gym.make(args.env_id)
     except (gym.error.Error, ImportError) as error:
-        near = difflib.get_close_matches(args.env_id, gym.registry, n=3)
+        near = difflib.get_close_matches(args.env_id, gym.registry, n=3) if isinstance(error, gym.error.UnregisteredEnv) else []
         hint = f" Nearest names: {', '.join(near)}." if near else ""
         raise RunError(f"--env-id {args.env_id}: {str(error).splitlines()[0]}{hint}") from None
     obs_space, act_space = env.observation_space, env.action_space
