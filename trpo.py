@@ -44,7 +44,7 @@ class Args(RunArgs):
     train_v_iters: int = 10  # passes of the critic over a batch; the actor takes one step on all of it
     minibatch_size: int = 100  # transitions in a gradient step of the critic
     algo: Literal["trpo", "npg"] = "trpo"  # npg, the natural policy gradient: the first step without the line search
-    delta: float = 0.01  # largest KL(pi_old | pi) of a step
+    delta: float = 0.02  # largest KL(pi_old | pi) of a step
     damping_coeff: float = 0.1  # this much of the identity is added to H
     cg_iters: int = 10  # iterations of conjugate gradient
     backtrack_iters: int = 10  # steps that the line search tries
