@@ -3,8 +3,8 @@
     maximise -L_pi subject to KL(pi_old | pi) <= delta:
     theta <- theta + c^j sqrt(2 delta / x^T H x) x,   x = H^-1 g,   H = Hessian of KL(pi_old | pi),   g = gradient of -L_pi
     L_pi = -mean ratio adv,   ratio = pi(act|obs) / pi_old(act|obs)
-    L_v  =  mean (V(obs) - ret)^2,   ret = adv + V_old(obs)
-    adv  =  generalized advantage estimates (GAE), arXiv:1506.02438
+    L_v  =  mean (V(obs) - ret)^2,   ret = adv + V(obs) of the critic before the pass over the batch
+    adv  =  generalized advantage estimates (GAE), arXiv:1506.02438; in L_pi normalised to mean 0 and deviation 1
 
     python trpo.py --env-id Walker2d-v4
     mpirun -n 4 python trpo.py --env-id Walker2d-v4
@@ -79,6 +79,7 @@ class Buffer:
         """Act for T steps in each environment. Returns the returns and the lengths of the episodes that ended."""
         ep_rets, ep_lens = [], []
         for t in range(len(self.obs)):
+            check_finite(self.steps, observation=self.now)
             act = ac.sample(self.now)
             self.obs[t], self.act[t] = self.now, act.cpu()
             for i, (env, env_act) in enumerate(zip(self.envs, ac.to_env(act), strict=True)):
@@ -99,7 +100,7 @@ class Buffer:
 
     @torch.no_grad()
     def batch(self, ac):
-        """What `collect` has stored, as a Batch."""
+        """What `collect` has stored, as a Batch; good until the next `collect`, whose arrays it may share."""
         arrays = (self.act, self.rew, self.terminated, self.done)
         act, rew, terminated, done = (torch.as_tensor(array, device=ac.device) for array in arrays)
         obs, next_obs = ac.normalise(self.obs), ac.normalise(self.next_obs)
@@ -188,10 +189,9 @@ class ActorCritic(nn.Module):
         if isinstance(act_space, Discrete):
             low, high, scale, bias = act_space.start, act_space.start + act_space.n - 1, 1, act_space.start
         else:  # the policy's -1 and 1 are the bounds of each dimension that has two
-            low, high = act_space.low, act_space.high
-            bounded = np.isfinite(low) & np.isfinite(high)
-            scale, bias = np.ones_like(low), np.zeros_like(low)
-            scale[bounded], bias[bounded] = ((high - low) / 2)[bounded], ((high + low) / 2)[bounded]
+            low, high = act_space.low.astype(np.float32), act_space.high.astype(np.float32)
+            scale, bias, bounded = np.ones_like(low), np.zeros_like(low), np.isfinite(low) & np.isfinite(high)
+            scale[bounded], bias[bounded] = (high[bounded] - low[bounded]) / 2, (high[bounded] + low[bounded]) / 2
         for name, value in dict(low=low, high=high, scale=scale, bias=bias).items():
             self.register_buffer(name, torch.as_tensor(value), persistent=False)
         self.to(self.device)
@@ -251,12 +251,6 @@ def value_loss(val, ret):  # both (B,), normalised
     return (val - ret).square().mean()
 
 
-def approx_kl(logp, logp_old):  # both (B,)
-    """KL(pi_old | pi) estimated on actions of pi_old: mean (ratio - 1 - log ratio), no term of which is negative"""
-    log_ratio = logp - logp_old
-    return (torch.exp(log_ratio) - 1 - log_ratio).mean()
-
-
 def flat_grad(output, params, **options):
     """The gradient of a scalar by all parameters, as one vector (P,)."""
     return torch.cat([grad.flatten() for grad in torch.autograd.grad(output, params, **options)])
@@ -285,14 +279,27 @@ def conjugate_gradient(product, b, iters):
 
 
 def minibatches(size, *tensors):
-    """Shuffle tensors (T, N, ...) in the same way and split them into tuples of tensors (size, ...)."""
+    """Shuffle tensors (T, N, ...) alike and split them into tuples of tensors (B, ...), of equal B <= size up to rounding."""
     tensors = [x.flatten(0, 1) for x in tensors]
     order = torch.randperm(len(tensors[0])).to(tensors[0].device)
-    return zip(*(x[order].split(size) for x in tensors), strict=True)
+    return zip(*(x[order].tensor_split(math.ceil(len(order) / size)) for x in tensors), strict=True)
+
+
+@torch.no_grad()
+def diagnose(ac, batch, args):
+    """What to log after an update: statistics of the whole batch."""
+    pi, val, (adv, ret) = ac.pi(batch.obs), ac.v(batch.obs), advantages(ac, batch, args)
+    logp = pi.log_prob(batch.act)
+    return dict(
+        VVals=ac.ret_stats.denormalise(val).flatten().tolist(),
+        LossPi=policy_loss(logp, batch.logp, adv).item(),
+        LossV=value_loss(val, ac.ret_stats.normalise(ret)).item(),
+        Entropy=pi.entropy().mean().item(),
+    )
 
 
 def update_policy(ac, batch, adv, args):
-    """One step of at most `delta`. Returns how often it was shortened; backtrack_iters means that no step was taken."""
+    """One step of KL(pi_old | pi) <= delta. Returns the KL and how often the step was shortened; if too often, none is taken."""
     params = list(ac.pi.parameters())
     with torch.no_grad():
         pi_old = ac.pi(batch.obs)
@@ -312,39 +319,25 @@ def update_policy(ac, batch, adv, args):
         with torch.no_grad():
             loss_pi, kl = (mpi.average(x.item()) for x in loss_and_kl())
         if args.algo == "npg" or (loss_pi < loss_old and kl <= args.delta):
-            return j
+            return kl, j
     vector_to_parameters(theta, params)
-    return args.backtrack_iters
+    return 0.0, args.backtrack_iters
 
 
 def update(ac, optimizer, batch, args):
-    """One step of the actor on the whole batch, then several passes of the critic in minibatch steps."""
+    """One step of the actor on the whole batch, then several passes of the critic in minibatch steps. Returns what to log."""
     adv, ret = advantages(ac, batch, args)
     ac.ret_stats.update(ret)
-    backtracks = update_policy(ac, batch, adv, args)
+    kl, backtracks = update_policy(ac, batch, adv, args)
     for _ in range(args.train_v_iters):
-        _, ret = advantages(ac, batch, args)  # anew in each pass, as the critic has changed
         for obs, ret in minibatches(args.minibatch_size // mpi.size(), batch.obs, ac.ret_stats.normalise(ret)):
             loss_v = value_loss(ac.v(obs), ret)
             optimizer.zero_grad()
             loss_v.backward()
             mpi.average_gradients(ac)
             optimizer.step()
-    return backtracks
-
-
-@torch.no_grad()
-def diagnose(ac, batch, args):
-    """What to log after an update: statistics of the whole batch."""
-    pi, val, (adv, ret) = ac.pi(batch.obs), ac.v(batch.obs), advantages(ac, batch, args)
-    logp = pi.log_prob(batch.act)
-    return dict(
-        VVals=ac.ret_stats.denormalise(val).flatten().tolist(),
-        LossPi=policy_loss(logp, batch.logp, adv).item(),
-        LossV=value_loss(val, ac.ret_stats.normalise(ret)).item(),
-        KL=approx_kl(logp, batch.logp).item(),
-        Entropy=pi.entropy().mean().item(),
-    )
+        _, ret = advantages(ac, batch, args)  # anew for each pass, as the critic has changed
+    return dict(**diagnose(ac, batch, args), KL=kl, BacktrackIters=backtracks)
 
 
 def train(args):
@@ -360,19 +353,16 @@ def train(args):
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 - epoch / epochs)
     buffer = Buffer(envs, args.steps_per_epoch // args.num_envs, seeds)
-    logger = Logger(args, __file__)
 
-    for epoch in range(epochs):
-        ep_rets, ep_lens = buffer.collect(ac)
-        batch = buffer.batch(ac)
-        backtracks = update(ac, optimizer, batch, args)
-        scheduler.step()
-        metrics = dict(EpRet=ep_rets, EpLen=ep_lens, TotalEnvInteracts=buffer.steps, **diagnose(ac, batch, args))
-        logger.log(Epoch=epoch, **metrics, BacktrackIters=backtracks)
-        ac.obs_stats.update(torch.as_tensor(buffer.obs, device=ac.device))  # not earlier: pi_old is the policy that acted
-        if epoch % args.save_freq == 0 or epoch == epochs - 1:
-            logger.save_model(ac)
-    logger.close()
+    with Logger(args, __file__) as logger:
+        for epoch in range(epochs):
+            ep_rets, ep_lens = buffer.collect(ac)
+            metrics = update(ac, optimizer, buffer.batch(ac), args)
+            scheduler.step()
+            ac.obs_stats.update(torch.as_tensor(buffer.obs, device=ac.device))  # not earlier: pi_old is the policy that acted
+            logger.log(Epoch=epoch, EpRet=ep_rets, EpLen=ep_lens, TotalEnvInteracts=buffer.steps, **metrics)
+            if epoch % args.save_freq == 0 or epoch == epochs - 1:
+                logger.save_model(ac)
     return ac
 
 

@@ -1,8 +1,8 @@
 """Vanilla Policy Gradient (VPG). Sutton et al. 2000, "Policy Gradient Methods for RL with Function Approximation".
 
     L_pi = -mean log pi(act|obs) adv
-    L_v  =  mean (V(obs) - ret)^2,   ret = adv + V_old(obs)
-    adv  =  generalized advantage estimates (GAE), arXiv:1506.02438
+    L_v  =  mean (V(obs) - ret)^2,   ret = adv + V(obs) of the critic before the pass over the batch
+    adv  =  generalized advantage estimates (GAE), arXiv:1506.02438; in L_pi normalised to mean 0 and deviation 1
 
     python vpg.py --env-id Walker2d-v4
     mpirun -n 4 python vpg.py --env-id Walker2d-v4
@@ -71,6 +71,7 @@ class Buffer:
         """Act for T steps in each environment. Returns the returns and the lengths of the episodes that ended."""
         ep_rets, ep_lens = [], []
         for t in range(len(self.obs)):
+            check_finite(self.steps, observation=self.now)
             act = ac.sample(self.now)
             self.obs[t], self.act[t] = self.now, act.cpu()
             for i, (env, env_act) in enumerate(zip(self.envs, ac.to_env(act), strict=True)):
@@ -91,7 +92,7 @@ class Buffer:
 
     @torch.no_grad()
     def batch(self, ac):
-        """What `collect` has stored, as a Batch."""
+        """What `collect` has stored, as a Batch; good until the next `collect`, whose arrays it may share."""
         arrays = (self.act, self.rew, self.terminated, self.done)
         act, rew, terminated, done = (torch.as_tensor(array, device=ac.device) for array in arrays)
         obs, next_obs = ac.normalise(self.obs), ac.normalise(self.next_obs)
@@ -180,10 +181,9 @@ class ActorCritic(nn.Module):
         if isinstance(act_space, Discrete):
             low, high, scale, bias = act_space.start, act_space.start + act_space.n - 1, 1, act_space.start
         else:  # the policy's -1 and 1 are the bounds of each dimension that has two
-            low, high = act_space.low, act_space.high
-            bounded = np.isfinite(low) & np.isfinite(high)
-            scale, bias = np.ones_like(low), np.zeros_like(low)
-            scale[bounded], bias[bounded] = ((high - low) / 2)[bounded], ((high + low) / 2)[bounded]
+            low, high = act_space.low.astype(np.float32), act_space.high.astype(np.float32)
+            scale, bias, bounded = np.ones_like(low), np.zeros_like(low), np.isfinite(low) & np.isfinite(high)
+            scale[bounded], bias[bounded] = (high[bounded] - low[bounded]) / 2, (high[bounded] + low[bounded]) / 2
         for name, value in dict(low=low, high=high, scale=scale, bias=bias).items():
             self.register_buffer(name, torch.as_tensor(value), persistent=False)
         self.to(self.device)
@@ -250,29 +250,10 @@ def approx_kl(logp, logp_old):  # both (B,)
 
 
 def minibatches(size, *tensors):
-    """Shuffle tensors (T, N, ...) in the same way and split them into tuples of tensors (size, ...)."""
+    """Shuffle tensors (T, N, ...) alike and split them into tuples of tensors (B, ...), of equal B <= size up to rounding."""
     tensors = [x.flatten(0, 1) for x in tensors]
     order = torch.randperm(len(tensors[0])).to(tensors[0].device)
-    return zip(*(x[order].split(size) for x in tensors), strict=True)
-
-
-def update(ac, optimizer, batch, args):
-    """One step of the actor on the whole batch, then several passes of the critic in minibatch steps."""
-    adv, ret = advantages(ac, batch, args)
-    ac.ret_stats.update(ret)
-    loss_pi = policy_loss(ac.pi(batch.obs).log_prob(batch.act), adv)
-    optimizer.zero_grad()
-    loss_pi.backward()
-    mpi.average_gradients(ac)
-    optimizer.step()
-    for _ in range(args.train_v_iters):
-        _, ret = advantages(ac, batch, args)  # anew in each pass, as the critic has changed
-        for obs, ret in minibatches(args.minibatch_size // mpi.size(), batch.obs, ac.ret_stats.normalise(ret)):
-            loss_v = value_loss(ac.v(obs), ret)
-            optimizer.zero_grad()
-            loss_v.backward()
-            mpi.average_gradients(ac)
-            optimizer.step()
+    return zip(*(x[order].tensor_split(math.ceil(len(order) / size)) for x in tensors), strict=True)
 
 
 @torch.no_grad()
@@ -289,6 +270,26 @@ def diagnose(ac, batch, args):
     )
 
 
+def update(ac, optimizer, batch, args):
+    """One step of the actor on the whole batch, then several passes of the critic in minibatch steps. Returns what to log."""
+    adv, ret = advantages(ac, batch, args)
+    ac.ret_stats.update(ret)
+    loss_pi = policy_loss(ac.pi(batch.obs).log_prob(batch.act), adv)
+    optimizer.zero_grad()
+    loss_pi.backward()
+    mpi.average_gradients(ac)
+    optimizer.step()
+    for _ in range(args.train_v_iters):
+        for obs, ret in minibatches(args.minibatch_size // mpi.size(), batch.obs, ac.ret_stats.normalise(ret)):
+            loss_v = value_loss(ac.v(obs), ret)
+            optimizer.zero_grad()
+            loss_v.backward()
+            mpi.average_gradients(ac)
+            optimizer.step()
+        _, ret = advantages(ac, batch, args)  # anew for each pass, as the critic has changed
+    return diagnose(ac, batch, args)
+
+
 def train(args):
     """Train as `args` (an Args) says and return the ActorCritic. Raises RunError for what cannot work."""
     check(args, (Box, Discrete), num_envs=mpi.size(), steps_per_epoch=args.num_envs, minibatch_size=mpi.size())
@@ -303,19 +304,16 @@ def train(args):
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 - epoch / epochs)
     buffer = Buffer(envs, args.steps_per_epoch // args.num_envs, seeds)
-    logger = Logger(args, __file__)
 
-    for epoch in range(epochs):
-        ep_rets, ep_lens = buffer.collect(ac)
-        batch = buffer.batch(ac)
-        update(ac, optimizer, batch, args)
-        scheduler.step()
-        metrics = dict(EpRet=ep_rets, EpLen=ep_lens, TotalEnvInteracts=buffer.steps, **diagnose(ac, batch, args))
-        logger.log(Epoch=epoch, **metrics)
-        ac.obs_stats.update(torch.as_tensor(buffer.obs, device=ac.device))  # not earlier: pi_old is the policy that acted
-        if epoch % args.save_freq == 0 or epoch == epochs - 1:
-            logger.save_model(ac)
-    logger.close()
+    with Logger(args, __file__) as logger:
+        for epoch in range(epochs):
+            ep_rets, ep_lens = buffer.collect(ac)
+            metrics = update(ac, optimizer, buffer.batch(ac), args)
+            scheduler.step()
+            ac.obs_stats.update(torch.as_tensor(buffer.obs, device=ac.device))  # not earlier: pi_old is the policy that acted
+            logger.log(Epoch=epoch, EpRet=ep_rets, EpLen=ep_lens, TotalEnvInteracts=buffer.steps, **metrics)
+            if epoch % args.save_freq == 0 or epoch == epochs - 1:
+                logger.save_model(ac)
     return ac
 
 

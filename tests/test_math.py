@@ -67,6 +67,21 @@ def test_cut_by_the_end_of_the_batch(script):
     assert ret.squeeze(-1).tolist() == pytest.approx([20 - 17, 0 + 10], abs=1e-4)
 
 
+def test_two_environments_out_of_phase(script):
+    """Episodes of 3 and of 2 steps side by side, 4 steps of each: every column is that of its environment alone."""
+    args, ac, _ = make(script, "Count-v0", 1, 4)
+    envs = [gym.make("Count-v0", length=3), gym.make("Count-v0", length=2)]
+    both = script.Buffer(envs, 4, np.random.default_rng(0))
+    both.collect(ac)
+    _, ret = returns(script, args, ac, both.batch(ac))
+    for i in range(2):
+        alone = script.Buffer([gym.make("Count-v0", length=3 - i)], 4, np.random.default_rng(0))
+        alone.collect(ac)
+        _, expected = returns(script, args, ac, alone.batch(ac))
+        assert torch.allclose(ret[:, i], expected[:, 0], atol=1e-4)
+    assert both.terminated.T.tolist() == [[0, 0, 1, 0], [0, 1, 0, 1]]
+
+
 def test_gae_is_the_double_sum(script):
     generator = torch.Generator().manual_seed(0)
     rew, val, next_val = (torch.randn(30, 4, generator=generator) for _ in range(3))
@@ -154,12 +169,14 @@ def test_networks_give_no_trailing_dimension(script):
 
 def test_minibatches_hold_every_transition_once(script):
     x = torch.arange(24).view(6, 4)
-    parts = list(script.minibatches(5, x, x.unsqueeze(-1) * 2))
-    assert [len(a) for a, _ in parts] == [5, 5, 5, 5, 4]
-    assert sorted(torch.cat([a for a, _ in parts]).tolist()) == list(range(24))
+    parts = list(script.minibatches(7, x, x.unsqueeze(-1) * 2))
+    assert [len(a) for a, _ in parts] == [6, 6, 6, 6]
+    order = torch.cat([a for a, _ in parts]).tolist()
+    assert sorted(order) == list(range(24)) != order
     assert all((b.squeeze(-1) == 2 * a).all() for a, b in parts)
 
 
+@pytest.mark.parametrize("script", [vpg, ppo])
 def test_approx_kl_is_the_kl_divergence(script):
     torch.manual_seed(0)
     old, new = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(0.3, 0.9)
@@ -190,7 +207,8 @@ def test_ppo_stops_after_the_pass_that_went_too_far(target_kl, passes):
     args, ac, buffer = make(ppo, "CartPole-v1", 2, 100, target_kl=target_kl, train_iters=4)
     buffer.collect(ac)
     before = ac.pi.net[0].weight.clone()
-    assert ppo.update(ac, torch.optim.Adam(ac.parameters(), 1e-3), buffer.batch(ac), args) == passes
+    assert ppo.update(ac, torch.optim.Adam(ac.parameters(), 1e-3), buffer.batch(ac), args)["StopIter"] == passes
+    assert ac.ret_stats.count == 200
     assert not torch.equal(before, ac.pi.net[0].weight)
 
 
@@ -249,39 +267,59 @@ def test_conjugate_gradient_solves_the_system():
     assert trpo.conjugate_gradient(lambda v: matrix @ v, torch.zeros(20), 10).tolist() == [0] * 20
 
 
-def test_natural_step_has_length_delta():
-    """Without damping, the natural gradient's step has KL = delta to second order, along H^-1 g."""
-    args, ac, batch, params = trpo_parts(algo="npg", delta=1e-5, damping_coeff=1e-6, cg_iters=50)
+def test_natural_step_goes_along_the_natural_gradient_and_has_length_delta():
+    """npg's step is along (H + damping I)^-1 g, g the ascent direction, and its KL is delta to second order."""
+    args, ac, batch, params = trpo_parts(algo="npg", delta=1e-5, damping_coeff=1e-3, cg_iters=100)
     adv = torch.randn_like(batch.rew)
     with torch.no_grad():
         pi_old = ac.pi(batch.obs)
-    assert trpo.update_policy(ac, batch, adv, args) == 0
-    kl = torch.distributions.kl_divergence(pi_old, ac.pi(batch.obs)).mean().item()
-    assert kl == pytest.approx(1e-5, rel=0.1)
+    old = torch.cat([p.detach().flatten() for p in params])
+    kl = torch.distributions.kl_divergence(pi_old, ac.pi(batch.obs)).mean()
+    product = trpo.fisher_vector_product(kl, params, args.damping_coeff)
+    matrix = torch.stack([product(v) for v in torch.eye(len(old))])
+    g = trpo.flat_grad((ac.pi(batch.obs).log_prob(batch.act) * adv).mean(), params)
+    kl, backtracks = trpo.update_policy(ac, batch, adv, args)
+    step = torch.cat([p.detach().flatten() for p in params]) - old
+    assert torch.cosine_similarity(step, torch.linalg.solve(matrix, g), dim=0) > 0.999
+    exact = torch.distributions.kl_divergence(pi_old, ac.pi(batch.obs)).mean().item()
+    assert backtracks == 0 and kl == pytest.approx(exact) and exact == pytest.approx(1e-5, rel=0.1)
 
 
-@pytest.mark.parametrize("delta", [1e-3, 0.05, 0.5])
-def test_line_search_keeps_the_promise(delta):
-    args, ac, batch, params = trpo_parts(delta=delta)
+@pytest.mark.parametrize("delta, backtracks", [(1e-3, 0), (0.05, 0), (3.0, None)])
+def test_line_search_keeps_the_promise(delta, backtracks):
+    """With a small delta the first step holds; with a large one the quadratic model is wrong and steps are shortened."""
+    args, ac, batch, params = trpo_parts(delta=delta, damping_coeff=1e-3, backtrack_iters=50)
     adv = torch.randn_like(batch.rew)
     with torch.no_grad():
         pi_old = ac.pi(batch.obs)
         before = trpo.policy_loss(batch.logp, batch.logp, adv)
-    assert trpo.update_policy(ac, batch, adv, args) < args.backtrack_iters
+    kl, j = trpo.update_policy(ac, batch, adv, args)
+    assert j == backtracks if backtracks is not None else 0 < j < 50
     with torch.no_grad():
         pi = ac.pi(batch.obs)
-    assert torch.distributions.kl_divergence(pi_old, pi).mean() <= delta
-    assert trpo.policy_loss(pi.log_prob(batch.act), batch.logp, adv) < before
+    assert kl == pytest.approx(torch.distributions.kl_divergence(pi_old, pi).mean().item(), rel=1e-4)
+    assert kl <= delta and trpo.policy_loss(pi.log_prob(batch.act), batch.logp, adv) < before
+
+
+def test_line_search_refuses_a_step_of_too_much_kl(monkeypatch):
+    """A conjugate gradient that answers 10 times too long does not matter: only the KL limit shortens the step."""
+    args, ac, batch, params = trpo_parts(backtrack_iters=50)
+    adv = torch.randn_like(batch.rew)
+    monkeypatch.setattr(torch, "sqrt", lambda x, sqrt=torch.sqrt: 10 * sqrt(x))
+    kl, j = trpo.update_policy(ac, batch, adv, args)
+    assert 0 < j < 50 and kl <= args.delta
+    kl, j = trpo.update_policy(ac, batch, adv, trpo.Args(algo="npg"))
+    assert j == 0 and kl > args.delta
 
 
 def test_line_search_restores_the_parameters_when_nothing_helps():
     args, ac, batch, params = trpo_parts()
     before = [p.clone() for p in params]
-    assert trpo.update_policy(ac, batch, torch.zeros_like(batch.rew), args) == args.backtrack_iters
+    assert trpo.update_policy(ac, batch, torch.zeros_like(batch.rew), args) == (0, args.backtrack_iters)
     assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
 
 
-@pytest.mark.parametrize("name", "Batch Buffer RunningStats mlp Actor Critic gae advantages value_loss approx_kl minibatches".split())
+@pytest.mark.parametrize("name", "Batch Buffer RunningStats mlp Actor Critic ActorCritic gae advantages value_loss minibatches".split())
 def test_copies_are_one_text(name):
     assert len({inspect.getsource(getattr(script, name)) for script in ON_POLICY}) == 1
 

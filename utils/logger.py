@@ -1,8 +1,8 @@
 """What surrounds a run: its common arguments and their checks, the run directory, the display, W&B, the saved model.
 
-    logger = Logger(args, __file__)
-    logger.log(Epoch=0, EpRet=[12.0, 15.5], LossPi=-0.01, TotalEnvInteracts=2000)
-    logger.save_model(ac)
+    with Logger(args, __file__) as logger:
+        logger.log(Epoch=0, EpRet=[12.0, 15.5], LossPi=-0.01, TotalEnvInteracts=2000)
+        logger.save_model(ac)
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -112,10 +113,11 @@ def check(args, action_spaces, **divisors):
             f"--env-id {args.env_id}: its observations are {obs_space}, but the networks take a flat Box of shape (n,). "
             "Wrap the environment with gymnasium.wrappers.FlattenObservation and register the wrapped one"
         )
-    if not isinstance(act_space, action_spaces) or len(act_space.shape) > 1:
+    flat_box = isinstance(act_space, gym.spaces.Box) and len(act_space.shape) == 1 and act_space.dtype.kind == "f"
+    kind = "Discrete" if isinstance(act_space, gym.spaces.Discrete) else "Box" if flat_box else None
+    if kind is None or not isinstance(act_space, action_spaces):
         scripts = {"Discrete": "vpg.py, trpo.py and ppo.py", "Box": "vpg.py, trpo.py, ppo.py, ddpg.py, td3.py and sac.py"}
-        who = scripts.get(type(act_space).__name__ if len(act_space.shape) < 2 else None)
-        hint = f"{who} can" if who else "no script here can; wrap the environment to a Discrete or a flat Box space"
+        hint = f"{scripts[kind]} can" if kind else "no script here can; wrap the environment to Discrete or a float Box of shape (n,)"
         raise RunError(f"--env-id {args.env_id}: this algorithm cannot handle its action space {act_space}; {hint}")
 
 
@@ -133,7 +135,7 @@ def check_finite(step, **arrays):
     """Stop the run if one of the arrays holds a NaN or an infinity; names the quantity and the step."""
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            raise RunError(f"{name} is not finite at step {step:,}; the last good model.pt is kept")
+            raise RunError(f"{name} is not finite at step {step:,}; model.pt is left as it was")
 
 
 class Logger:
@@ -146,8 +148,8 @@ class Logger:
 
     def __init__(self, args, script):
         """Make the run directory of `args` (an instance of RunArgs) for the algorithm file `script`."""
-        self.args, self.start = args, time.time()
-        self.last_time, self.last_steps = self.start, 0
+        self.start = self.last_time = time.time()
+        self.last_steps = 0
         self.dir = self.progress = self.wandb = self.display = None
         if mpi.rank() > 0:
             return
@@ -181,7 +183,7 @@ class Logger:
         steps, now = row["TotalEnvInteracts"], time.time()
         for name, value in row.items():
             if value != "" and not math.isfinite(value):
-                raise RunError(f"{name} is {value} at step {steps:,}; the last good model.pt is kept")
+                raise RunError(f"{name} is {value} at step {steps:,}; model.pt is left as it was")
         row["Time"] = now - self.start
         row["StepsPerSec"] = (steps - self.last_steps) / (now - self.last_time)
         self.last_time, self.last_steps = now, steps
@@ -195,22 +197,38 @@ class Logger:
             self.display.update(row)
 
     def save_model(self, module):
-        """Write the module's weights to `model.pt`, whole or not at all. Raises RunError if they are not finite."""
+        """Write the module's weights to `model.pt`, whole or not at all; collective over the ranks.
+
+        Raises RunError if a weight is not finite, if the ranks' weights differ, or if the file cannot be written.
+        """
+        mpi.check_equal(module)
         if self.dir:
-            state = module.state_dict()
+            state = {name: tensor.cpu() for name, tensor in module.state_dict().items()}
             for name, tensor in state.items():
                 if not torch.isfinite(tensor).all():
-                    raise RunError(f"parameter {name} is not finite at step {self.last_steps:,}; the last good model.pt is kept")
-            torch.save(state, self.dir / "model.pt.tmp")
-            os.replace(self.dir / "model.pt.tmp", self.dir / "model.pt")
+                    raise RunError(f"parameter {name} is not finite at step {self.last_steps:,}; model.pt is left as it was")
+            path, part = self.dir / "model.pt", self.dir / "model.pt.part"
+            try:
+                torch.save(state, part)
+                os.replace(part, path)
+            except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+                part.unlink(missing_ok=True)
+                raise RunError(f"cannot write {path}: {str(error).splitlines()[0]}; the one before is left as it was") from error
 
-    def close(self):
-        """End the display, the files and the W&B run."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """End the display, the files and the W&B run; and all ranks, if this one is leaving early."""
         if self.dir:
             self.display.close()
             self.progress.close()
             if self.wandb:
-                self.wandb.finish()
+                self.wandb.finish(exit_code=0 if kind is None else 1)
+        if kind is SystemExit:  # which never reaches sys.excepthook
+            if mpi.size() > 1:
+                print(f"[rank {mpi.rank()}] exits: {error}", file=sys.stderr, flush=True)
+            mpi.abort()
 
 
 def _make_run_dir(args, exp_name):
@@ -240,8 +258,8 @@ def _provenance(script):
     versions["gymnasium"] = gym.__version__
     if "mujoco" in sys.modules:
         versions["mujoco"] = sys.modules["mujoco"].__version__
-    command = " ".join(sys.argv)
-    return {"script": pathlib.Path(script).name, "command": command, "versions": versions, "git_commit": commit, "ranks": mpi.size()}
+    run = {"script": pathlib.Path(script).name, "command": shlex.join(sys.argv), "ranks": mpi.size()}
+    return run | {"versions": versions, "git_commit": commit}
 
 
 def _start_wandb(args, config, run_dir):
@@ -266,7 +284,8 @@ class _Display:
     def __init__(self, run_dir, args):
         ranks = f"{mpi.size()} ranks" if mpi.size() > 1 else "1 process"
         print(f"{run_dir}  ({args.env_id}, seed {args.seed}, {args.total_steps:,} steps, {args.device}, {ranks})", flush=True)
-        self.total, self.last_line, self.live, self.row = args.total_steps, -math.inf, None, None
+        self.total, self.last_line = args.total_steps, -math.inf
+        self.live = self.row = self.printed = None
         if Console().is_terminal:
             columns = (BarColumn(None), TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.fields[rate]} steps/s"))
             self.bar = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
@@ -286,7 +305,8 @@ class _Display:
             self._print_line()
 
     def _print_line(self):
-        row, self.last_line = self.row, time.time()
+        self.printed, self.last_line = self.row, time.time()
+        row = self.row
         steps, elapsed = row["TotalEnvInteracts"], row["Time"]
         ret = row.get("AverageTestEpRet", row.get("AverageEpRet", ""))
         shown = f"{ret:.1f}" if ret != "" else "-"
@@ -300,5 +320,5 @@ class _Display:
     def close(self):
         if self.live:
             self.live.stop()
-        elif self.row:
+        elif self.row and self.row is not self.printed:
             self._print_line()

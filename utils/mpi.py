@@ -45,6 +45,11 @@ def _excepthook(kind, error, trace):
     else:
         text = "".join(traceback.format_exception(kind, error, trace)).rstrip()
     print(f"[rank {rank()}] {text}" if _comm else text, file=sys.stderr, flush=True)
+    abort()
+
+
+def abort():
+    """End all ranks now, if there are several."""
     if _comm:
         _comm.Abort(1)
 
@@ -89,6 +94,15 @@ def broadcast(module):
         return
     for tensor in module.state_dict().values():  # these share memory with the module
         tensor.copy_(torch.as_tensor(_comm.bcast(tensor.cpu().numpy())))
+
+
+def check_equal(module):
+    """Raise RunError unless all ranks hold the same parameters and buffers."""
+    if _comm is None:
+        return
+    digests = _comm.allgather([float(tensor.double().sum()) for tensor in module.state_dict().values()])
+    if any(digest != digests[0] for digest in digests):
+        raise RunError("the ranks' parameters differ: something that steers the training is not averaged over the ranks")
 
 
 def gather(values):
