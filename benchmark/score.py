@@ -1,11 +1,12 @@
-"""Score runs: the best point of the seed-averaged training return, smoothed over a window of epochs.
+"""Score runs: the best point of the training return, smoothed over a window of epochs and averaged over seeds.
 
-    python -m benchmark.score data            # all runs below data/
-    python -m benchmark.score data/ppo_*      # those of PPO
+    python -m benchmark.score data                                  # all runs below data/
+    python -m benchmark.score data --save benchmark/results         # and keep their curves as small CSV files
+    python -m benchmark.score benchmark/results                     # score what was kept
 
-Runs of the same script and environment count as seeds of one experiment. A point of a run's curve is the mean of
-`AverageEpRet` over the last `--window` epochs (those in which an episode ended); the curves of the seeds are averaged
-point by point, and the best point of the mean is the score. `--save DIR` writes each curve as a small CSV.
+A point of a run's curve is the mean of `AverageEpRet` over the last `--window` epochs (those in which an episode ended).
+`best` is the mean over the seeds of each seed's best point; `best of mean` the best point of the seed-averaged curve,
+which is never higher. Runs that differ in more than their seed are different experiments, each in a line of its own.
 """
 
 import json
@@ -17,42 +18,58 @@ import pandas as pd
 import tyro
 from tyro.conf import Positional
 
+ASIDE = "seed exp_name data_dir save_freq device torch_threads track wandb_project wandb_entity wandb_group".split()
+ASIDE += "command versions git_commit".split()  # what may differ between the seeds of an experiment
+
 
 @dataclass
 class Args:
-    paths: Positional[tuple[pathlib.Path, ...]]  # run directories, or directories that hold some
+    paths: Positional[tuple[pathlib.Path, ...]]  # directories that hold runs, or kept curves
     window: int = 10  # epochs in a point of the curve
-    save: pathlib.Path | None = None  # directory for CSV files (steps, ret, steps_per_sec), one a run
+    save: pathlib.Path | None = None  # directory for <run>.csv (steps, ret, steps_per_sec) and <run>.json (its configuration)
+
+
+def load(path):
+    """The runs below `path`: a list of (name, configuration, DataFrame with steps, ret, steps_per_sec)."""
+    runs = []
+    for file in sorted(path.rglob("progress.txt")):
+        if file.stat().st_size == 0:
+            continue
+        rows = pd.read_csv(file, sep="\t")[["TotalEnvInteracts", "AverageEpRet", "StepsPerSec"]].round(1)
+        rows.columns = ["steps", "ret", "steps_per_sec"]
+        runs.append((file.parent.name, json.loads((file.parent / "config.json").read_text()), rows))
+    for file in sorted(path.rglob("*_s*.csv")):
+        runs.append((file.stem, json.loads(file.with_suffix(".json").read_text()), pd.read_csv(file)))
+    return runs
 
 
 def main(args):
-    runs = {}
-    for run_dir in sorted({p.parent for path in args.paths for p in path.rglob("progress.txt")}):
-        config = json.loads((run_dir / "config.json").read_text())
-        try:
-            rows = pd.read_csv(run_dir / "progress.txt", sep="\t")
-            finished = rows["TotalEnvInteracts"].iloc[-1] >= config["total_steps"]
-        except pd.errors.EmptyDataError:
-            finished = False
-        if not finished:
-            print(f"left out, not finished: {run_dir}", file=sys.stderr)
+    experiments = {}
+    for name, config, rows in [run for path in args.paths for run in load(path)]:
+        if rows["steps"].iloc[-1] < config["total_steps"]:
+            print(f"left out, not finished: {name}", file=sys.stderr)
             continue
-        runs.setdefault((config["script"].removesuffix(".py"), config["env_id"]), []).append(rows)
+        key = json.dumps({k: v for k, v in config.items() if k not in ASIDE}, sort_keys=True)
+        seeds = experiments.setdefault(key, {})
+        if config["seed"] in seeds:
+            print(f"left out, seed {config['seed']} is there already: {name}", file=sys.stderr)
+            continue
+        seeds[config["seed"]] = rows
         if args.save:
             args.save.mkdir(parents=True, exist_ok=True)
-            small = rows[["TotalEnvInteracts", "AverageEpRet", "StepsPerSec"]].round(1)
-            small.columns = ["steps", "ret", "steps_per_sec"]
-            small.to_csv(args.save / f"{run_dir.name}.csv", index=False)
-            (args.save / f"{run_dir.name}.json").write_text(json.dumps(config, indent=1) + "\n")
-    print(f"{'algorithm':10}{'environment':16}{'seeds':>6}{'best':>9}{'at step':>11}{'final':>9}   best of each seed")
-    for (algo, env_id), seeds in runs.items():
-        smooth = pd.DataFrame(
-            {i: rows.set_index("TotalEnvInteracts")["AverageEpRet"].rolling(args.window, 1).mean() for i, rows in enumerate(seeds)}
-        )
+            rows.to_csv(args.save / f"{name}.csv", index=False)
+            (args.save / f"{name}.json").write_text(json.dumps(config, indent=1) + "\n")
+    print(f"{'script':9}{'environment':16}{'seeds':>6}{'best':>8}{'best of mean':>14}{'final':>8}{'steps/s':>9}   best of each seed")
+    for key, seeds in sorted(experiments.items(), key=lambda item: (json.loads(item[0])["env_id"], item[0])):
+        config = json.loads(key)
+        smooth = pd.DataFrame({s: rows.set_index("steps")["ret"].rolling(args.window, 1).mean() for s, rows in seeds.items()})
         smooth = smooth.iloc[min(args.window, len(smooth)) - 1 :]
-        mean = smooth.mean(axis=1, skipna=False)
-        each = ", ".join(f"{best:.0f}" for best in smooth.max())
-        print(f"{algo:10}{env_id:16}{len(seeds):6}{mean.max():9.0f}{mean.fillna(-1e9).idxmax():11,}{mean.iloc[-1]:9.0f}   {each}")
+        mean, each = smooth.mean(axis=1, skipna=False), smooth.max()
+        speed = pd.concat([rows["steps_per_sec"] for rows in seeds.values()]).median()
+        print(
+            f"{config['script']:9}{config['env_id']:16}{len(seeds):6}{each.mean():8.0f}{mean.max():14.0f}{mean.iloc[-1]:8.0f}"
+            f"{speed:9.0f}   {', '.join(f'{s}: {best:.0f}' for s, best in sorted(each.items()))}"
+        )
 
 
 if __name__ == "__main__":
