@@ -195,7 +195,7 @@ def test_help_explains_every_argument(script):
         (dict(vf_lr=-1.0), ["--vf-lr -1.0"]),
         (dict(hidden_sizes=(64, 0)), ["--hidden-sizes 64 0"]),
         (dict(seed=-1), ["--seed -1"]),
-        (dict(steps_per_epoch=201), ["--steps-per-epoch 201", "200 or 202"]),
+        (dict(steps_per_epoch=201), ["--steps-per-epoch 201", "--num-envs 2", "200 or 202"]),
         (dict(exp_name="../../x"), ["--exp-name", "../../x"]),
         (dict(exp_name=""), ["--exp-name"]),
         (dict(device="cuda:99"), ["--device cuda:99"]),

@@ -90,16 +90,15 @@ def check(args, action_spaces, **divisors):
         value = getattr(args, name)
         if value % divisor:
             nearest = [k * divisor for k in (value // divisor, value // divisor + 1) if k]
-            what = "the number of ranks" if divisor == mpi.size() else "the number of environments"
-            raise RunError(f"{_flag(name)} {value}: does not divide by {what}, {divisor}; try {' or '.join(map(str, nearest))}")
+            what = f"--num-envs {divisor}" if name == "steps_per_epoch" else f"the number of ranks, {divisor}"
+            raise RunError(f"{_flag(name)} {value}: does not divide by {what}; try {' or '.join(map(str, nearest))}")
     if args.exp_name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+=,-]*", args.exp_name):
-        raise RunError(f"--exp-name {args.exp_name!r}: use letters, digits and _ . + = , - only, and begin with a letter or digit")
+        raise RunError(f"--exp-name {args.exp_name!r}: use letters, digits and _ . + = , - only, beginning with a letter or digit")
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise RunError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    gym.logger.min_level = gym.logger.ERROR  # the v4 environments are meant
-    _silence_mujoco()
+    silence_environments()
     try:
         env = gym.make(args.env_id)
     except (gym.error.Error, ImportError) as error:
@@ -117,18 +116,19 @@ def check(args, action_spaces, **divisors):
     kind = "Discrete" if isinstance(act_space, gym.spaces.Discrete) else "Box" if flat_box else None
     if kind is None or not isinstance(act_space, action_spaces):
         scripts = {"Discrete": "vpg.py, trpo.py and ppo.py", "Box": "vpg.py, trpo.py, ppo.py, ddpg.py, td3.py and sac.py"}
-        hint = f"{scripts[kind]} can" if kind else "no script here can; wrap the environment to Discrete or a float Box of shape (n,)"
+        hint = f"{scripts[kind]} can" if kind else "no script here can; wrap it to Discrete or to a float Box of shape (n,)"
         raise RunError(f"--env-id {args.env_id}: this algorithm cannot handle its action space {act_space}; {hint}")
 
 
-def _silence_mujoco():
-    """Drop MuJoCo's note that a model file of gymnasium's uses a deprecated attribute: nobody here can mend it."""
+def silence_environments():
+    """Drop two warnings that nobody here can mend: that v4 is out of date, and of a deprecated attribute in MuJoCo's models."""
+    gym.logger.min_level = gym.logger.ERROR
     try:
         import mujoco
-    except ImportError:
-        return
-    if hasattr(mujoco, "set_mju_user_warning"):
-        mujoco.set_mju_user_warning(lambda text: None if "settotalmass" in text else print(f"MuJoCo: {text}", file=sys.stderr))
+
+        mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(f"MuJoCo: {text}", file=sys.stderr))
+    except (ImportError, AttributeError):
+        pass  # not installed, or too old to warn
 
 
 def check_finite(step, **arrays):
@@ -188,10 +188,12 @@ class Logger:
         row["StepsPerSec"] = (steps - self.last_steps) / (now - self.last_time)
         self.last_time, self.last_steps = now, steps
         if self.dir:
-            if self.progress.tell() == 0:
-                self.progress.write("\t".join(row) + "\n")
-            self.progress.write("\t".join(map(str, row.values())) + "\n")
-            self.progress.flush()
+            header = "\t".join(row) + "\n" if self.progress.tell() == 0 else ""
+            try:
+                self.progress.write(header + "\t".join(map(str, row.values())) + "\n")
+                self.progress.flush()
+            except OSError as error:
+                raise RunError(f"cannot write {self.progress.name}: {error.strerror}") from error
             if self.wandb:
                 self.wandb.log({name: value for name, value in row.items() if value != ""}, step=steps)
             self.display.update(row)
@@ -286,6 +288,7 @@ class _Display:
         print(f"{run_dir}  ({args.env_id}, seed {args.seed}, {args.total_steps:,} steps, {args.device}, {ranks})", flush=True)
         self.total, self.last_line = args.total_steps, -math.inf
         self.live = self.row = self.printed = None
+        self.ret = "-"  # of the last epoch in which an episode ended
         if Console().is_terminal:
             columns = (BarColumn(None), TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.fields[rate]} steps/s"))
             self.bar = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
@@ -295,6 +298,8 @@ class _Display:
 
     def update(self, row):
         self.row, steps, rate = row, row["TotalEnvInteracts"], row["StepsPerSec"]
+        ret = row.get("AverageTestEpRet", row.get("AverageEpRet", ""))
+        self.ret = f"{ret:.1f}" if ret != "" else self.ret
         if self.live:
             table = Table.grid(padding=(0, 2))
             for name, value in row.items():
@@ -305,14 +310,11 @@ class _Display:
             self._print_line()
 
     def _print_line(self):
-        self.printed, self.last_line = self.row, time.time()
-        row = self.row
+        row, self.printed, self.last_line = self.row, self.row, time.time()
         steps, elapsed = row["TotalEnvInteracts"], row["Time"]
-        ret = row.get("AverageTestEpRet", row.get("AverageEpRet", ""))
-        shown = f"{ret:.1f}" if ret != "" else "-"
         left = max(0, self.total - steps) * elapsed / steps
         print(
-            f"epoch {row['Epoch']}  steps {steps:,} ({min(1, steps / self.total):.0%})  return {shown}  "
+            f"epoch {row['Epoch']}  steps {steps:,} ({min(1, steps / self.total):.0%})  return {self.ret}  "
             f"{row['StepsPerSec']:,.0f} steps/s  {elapsed:.0f} s, {left:.0f} s left",
             flush=True,
         )
