@@ -59,7 +59,9 @@ def main(args):
             args.save.mkdir(parents=True, exist_ok=True)
             rows.to_csv(args.save / f"{name}.csv", index=False)
             (args.save / f"{name}.json").write_text(json.dumps(config, indent=1) + "\n")
-    print(f"{'script':9}{'environment':16}{'seeds':>6}{'best':>8}{'best of mean':>14}{'final':>8}{'steps/s':>9}   best of each seed")
+    print(
+        f"{'script':9}{'environment':16}{'seeds':>6}{'best':>8}{'best of mean':>14}{'final':>8}{'steps/s':>9}   best of each seed"
+    )
     for key, seeds in sorted(experiments.items(), key=lambda item: (json.loads(item[0])["env_id"], item[0])):
         config = json.loads(key)
         smooth = pd.DataFrame({s: rows.set_index("steps")["ret"].rolling(args.window, 1).mean() for s, rows in seeds.items()})

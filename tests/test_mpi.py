@@ -127,7 +127,9 @@ script.train(script.Args(env_id="CartPole-v1", total_steps=10**6, num_envs=2, da
 
 def test_epoch_without_an_ended_episode_is_blank_on_two_ranks(script, tmp_path):
     """Episodes of 3 steps, batches of 2 steps in each environment: no episode ends in the first epoch."""
-    options = "--env-id conftest:Count-v0 --total-steps 8 --steps-per-epoch 4 --num-envs 2 --minibatch-size 2 --exp-name x".split()
+    options = (
+        "--env-id conftest:Count-v0 --total-steps 8 --steps-per-epoch 4 --num-envs 2 --minibatch-size 2 --exp-name x".split()
+    )
     path = f"{ROOT}:{ROOT / 'tests'}"
     done = mpirun(ROOT / f"{script.__name__}.py", *options, "--data-dir", tmp_path, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr

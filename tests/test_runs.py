@@ -233,7 +233,9 @@ def test_command_line_error_is_one_line_without_traceback(script, tmp_path):
 
 def test_environment_ids_with_a_module_do_not_nest_directories(script, tmp_path):
     script.train(small(script, tmp_path, env_id="conftest:Count-v0", total_steps=200))
-    assert (tmp_path / f"{script.__name__}_conftest-Count-v0" / f"{script.__name__}_conftest-Count-v0_s0" / "progress.txt").exists()
+    assert (
+        tmp_path / f"{script.__name__}_conftest-Count-v0" / f"{script.__name__}_conftest-Count-v0_s0" / "progress.txt"
+    ).exists()
 
 
 def test_data_dir_that_is_a_file(script, tmp_path):

@@ -1,8 +1,8 @@
 """What surrounds a run: its common arguments and their checks, the run directory, the display, W&B, the saved model.
 
-    with Logger(args, __file__) as logger:
-        logger.log(Epoch=0, EpRet=[12.0, 15.5], LossPi=-0.01, TotalEnvInteracts=2000)
-        logger.save_model(ac)
+with Logger(args, __file__) as logger:
+    logger.log(Epoch=0, EpRet=[12.0, 15.5], LossPi=-0.01, TotalEnvInteracts=2000)
+    logger.save_model(ac)
 """
 
 import dataclasses
@@ -93,7 +93,9 @@ def check(args, action_spaces, **divisors):
             what = f"--num-envs {divisor}" if name == "steps_per_epoch" else f"the number of ranks, {divisor}"
             raise RunError(f"{_flag(name)} {value}: does not divide by {what}; try {' or '.join(map(str, nearest))}")
     if args.exp_name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+=,-]*", args.exp_name):
-        raise RunError(f"--exp-name {args.exp_name!r}: use letters, digits and _ . + = , - only, beginning with a letter or digit")
+        raise RunError(
+            f"--exp-name {args.exp_name!r}: use letters, digits and _ . + = , - only, beginning with a letter or digit"
+        )
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
