@@ -150,11 +150,13 @@ class Logger:
 
     def __init__(self, args, script):
         """Make the run directory of `args` (an instance of RunArgs) for the algorithm file `script`."""
+        self.dir = self.progress = self.wandb = self.display = None
+        if mpi.rank() == 0:
+            self._open(args, script)
         self.start = self.last_time = time.time()
         self.last_steps = 0
-        self.dir = self.progress = self.wandb = self.display = None
-        if mpi.rank() > 0:
-            return
+
+    def _open(self, args, script):
         algo = pathlib.Path(script).stem
         self.dir = _make_run_dir(args, args.exp_name or f"{algo}_{re.sub(r'[^A-Za-z0-9_.+=,-]', '-', args.env_id)}")
         config = dataclasses.asdict(args) | _provenance(script)
