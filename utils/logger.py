@@ -74,6 +74,7 @@ def _check_ranges(args):
         require(name, lambda v: 0 <= v < math.inf, "at least 0")
     for name in _ABOVE_0:
         require(name, lambda v: 0 < v < math.inf, "above 0")
+    require("init_log_std", lambda v: -20 <= v <= 2, "between -20 and 2")
     for name in _FROM_0_TO_1:
         require(name, lambda v: 0 <= v <= 1, "between 0 and 1")
 
