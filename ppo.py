@@ -45,7 +45,7 @@ class Args(RunArgs):
     vf_lr: float = 6e-4  # learning rate of the critic, falls linearly to 0
     clip_ratio: float = 0.2  # eps: how far from 1 the ratio may go and still gain
     train_iters: int = 10  # passes over a batch
-    minibatch_size: int = 125  # transitions in a gradient step
+    minibatch_size: int = 128  # transitions in a gradient step
     target_kl: float = 0.1  # a pass that ends with KL(pi_old | pi) above 1.5 times this is the last one
 
 
