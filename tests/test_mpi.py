@@ -137,6 +137,12 @@ def test_epoch_without_an_ended_episode_is_blank_on_two_ranks(script, tmp_path):
     assert first["AverageEpRet"] == first["EpLen"] == "" and second["AverageEpRet"] == "6.0"
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_defaults_divide_by_the_usual_numbers_of_ranks(script, ranks):
+    args = script.Args()
+    assert args.num_envs % ranks == args.minibatch_size % ranks == args.steps_per_epoch % args.num_envs == 0
+
+
 def test_what_does_not_divide_by_the_ranks_is_refused(script, tmp_path):
     done = mpirun(ROOT / f"{script.__name__}.py", "--num-envs", 3, "--steps-per-epoch", 300, cwd=tmp_path)
     assert done.returncode != 0 and done.stderr.count("error:") == 1
