@@ -37,7 +37,7 @@ class Args(RunArgs):
     max_ep_len: int | None = None  # steps until an episode is truncated; default: the environment's own limit
     hidden_sizes: tuple[int, ...] = (64, 64)  # of the actor and of the critic
     activation: Literal["tanh", "relu", "elu"] = "tanh"  # of the hidden layers
-    init_log_std: float = -1.0  # of the Gaussian policy, whose box is -1 to 1
+    init_log_std: float = -0.5  # of the Gaussian policy, whose box is -1 to 1
     norm_obs: bool = True  # normalise observations by their running mean and deviation
     gamma: float = 0.99  # discount
     lam: float = 0.9  # lambda of GAE
@@ -45,7 +45,7 @@ class Args(RunArgs):
     vf_lr: float = 6e-4  # learning rate of the critic, falls linearly to 0
     clip_ratio: float = 0.2  # eps: how far from 1 the ratio may go and still gain
     train_iters: int = 10  # passes over a batch
-    minibatch_size: int = 128  # transitions in a gradient step
+    minibatch_size: int = 200  # transitions in a gradient step
     target_kl: float = 0.1  # a pass that ends with KL(pi_old | pi) above 1.5 times this is the last one
 
 
