@@ -58,7 +58,8 @@ def main(args):
         if args.save:
             args.save.mkdir(parents=True, exist_ok=True)
             rows.to_csv(args.save / f"{name}.csv", index=False)
-            (args.save / f"{name}.json").write_text(json.dumps(config, indent=1) + "\n")
+            kept = {k: v for k, v in config.items() if k not in ("command", "data_dir", "exp_name")}
+            (args.save / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
     print(
         f"{'script':9}{'environment':16}{'seeds':>6}{'best':>8}{'best of mean':>14}{'final':>8}{'steps/s':>9}   best of each seed"
     )
