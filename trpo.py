@@ -226,10 +226,11 @@ def gae(rew, val, next_val, terminated, done, gamma, lam):  # all (T, N)
     delta_t = rew_t + gamma (1 - terminated_t) V(next_obs_t) - V(obs_t): where an episode is truncated, or cut by the end
     of the batch, the value of the observation that really came next stands for the rest of the return.
     """
-    adv = rew + gamma * (1 - terminated) * next_val - val  # delta
+    delta = rew + gamma * (1 - terminated) * next_val - val
+    adv, carry = delta.cpu().numpy(), (gamma * lam * (1 - done)).cpu().numpy()  # NumPy takes such small steps fastest
     for t in reversed(range(len(adv) - 1)):
-        adv[t] += gamma * lam * (1 - done[t]) * adv[t + 1]
-    return adv
+        adv[t] += carry[t] * adv[t + 1]
+    return torch.as_tensor(adv, device=rew.device)
 
 
 @torch.no_grad()
