@@ -290,7 +290,7 @@ def update(ac, optimizer, batch, args):
             loss_v = value_loss(ac.v(obs), ret)
             optimizer.zero_grad()
             (loss_pi + loss_v).backward()
-            mpi.average_gradients(ac)
+            mpi.average_gradients(ac.parameters())
             optimizer.step()
         with torch.no_grad():
             kl = mpi.average(approx_kl(ac.pi(batch.obs).log_prob(batch.act), batch.logp))

@@ -339,7 +339,7 @@ def update(ac, optimizer, batch, args):
             loss_v = value_loss(ac.v(obs), ret)
             optimizer.zero_grad()
             loss_v.backward()
-            mpi.average_gradients(ac)
+            mpi.average_gradients(ac.parameters())
             optimizer.step()
         _, ret = advantages(ac, batch, args)  # anew for each pass, as the critic has changed
     return dict(**diagnose(ac, batch, args), KL=kl, BacktrackIters=backtracks)

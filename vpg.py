@@ -282,14 +282,14 @@ def update(ac, optimizer, batch, args):
     loss_pi = policy_loss(ac.pi(batch.obs).log_prob(batch.act), adv)
     optimizer.zero_grad()
     loss_pi.backward()
-    mpi.average_gradients(ac)
+    mpi.average_gradients(ac.parameters())
     optimizer.step()
     for _ in range(args.train_v_iters):
         for obs, ret in minibatches(args.minibatch_size // mpi.size(), batch.obs, ac.ret_stats.normalise(ret)):
             loss_v = value_loss(ac.v(obs), ret)
             optimizer.zero_grad()
             loss_v.backward()
-            mpi.average_gradients(ac)
+            mpi.average_gradients(ac.parameters())
             optimizer.step()
         _, ret = advantages(ac, batch, args)  # anew for each pass, as the critic has changed
     return diagnose(ac, batch, args)

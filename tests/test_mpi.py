@@ -63,7 +63,7 @@ def gradient(b, adv, ret):
 half = batch(slice(2 * mpi.rank(), 2 * mpi.rank() + 2))
 adv, ret = script.advantages(ac, half, args)
 gradient(half, adv, ret)
-mpi.average_gradients(ac)
+mpi.average_gradients(ac.parameters())
 mine = [p.grad.clone() for p in ac.parameters()]
 stats = script.RunningStats((3,))
 stats.update(half.obs)

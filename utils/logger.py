@@ -51,8 +51,10 @@ _AT_LEAST_1 = (
     "total_steps steps_per_epoch num_envs max_ep_len train_iters minibatch_size cg_iters backtrack_iters "
     "save_freq torch_threads batch_size replay_size update_every policy_delay"
 ).split()
-_AT_LEAST_0 = "seed train_v_iters damping_coeff start_steps update_after num_test_episodes".split()
-_ABOVE_0 = "pi_lr vf_lr target_kl delta clip_ratio".split()
+_AT_LEAST_0 = (
+    "seed train_v_iters damping_coeff start_steps update_after num_test_episodes act_noise target_noise noise_clip alpha"
+).split()
+_ABOVE_0 = "pi_lr vf_lr q_lr target_kl delta clip_ratio".split()
 _FROM_0_TO_1 = "gamma lam backtrack_coeff polyak".split()
 
 
@@ -147,7 +149,7 @@ class Logger:
     `dir` is the run directory (a pathlib.Path; None on the other ranks).
     """
 
-    AVERAGE_ONLY = ("EpLen", "TestEpLen")
+    AVERAGE_ONLY = ("EpLen", "TestEpLen", "LossPi", "LossQ", "LogPi", "Alpha")
 
     def __init__(self, args, script):
         """Make the run directory of `args` (an instance of RunArgs) for the algorithm file `script`."""

@@ -78,11 +78,11 @@ def average(x):
     return torch.as_tensor(total / size(), dtype=x.dtype, device=x.device) if torch.is_tensor(x) else float(total / size())
 
 
-def average_gradients(module):
+def average_gradients(parameters):
     """Replace each parameter's gradient by its mean over the ranks; stands between `backward()` and `step()`."""
     if _comm is None:
         return
-    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    grads = [p.grad for p in parameters if p.grad is not None]
     means = average(torch.cat([grad.flatten() for grad in grads]))
     for grad, mean in zip(grads, means.split([grad.numel() for grad in grads]), strict=True):
         grad.copy_(mean.view_as(grad))
