@@ -150,7 +150,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         activation = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}[args.activation]
         sizes = (obs_space.shape[0], act_space.shape[0], args.hidden_sizes, activation)
-        self.pi, self.q1, self.q2 = Actor(*sizes), Critic(*sizes), Critic(*sizes)
+        self.pi, self.q = Actor(*sizes), nn.ModuleList([Critic(*sizes), Critic(*sizes)])
         self.act_noise, self.device = args.act_noise, torch.device(args.device)
         low, high = act_space.low.astype(np.float32), act_space.high.astype(np.float32)
         for name, value in dict(low=low, high=high, scale=(high - low) / 2, bias=(high + low) / 2).items():
@@ -214,14 +214,14 @@ def update(ac, ac_targ, pi_optimizer, q_optimizer, batch, args, update_policy):
     """One step of the critics and, if it is the policy's turn, of the actor and the targets. Returns what to log."""
     with torch.no_grad():
         next_act = smooth(ac_targ.pi(batch.next_obs), args.target_noise, args.noise_clip)
-        next_q1, next_q2 = ac_targ.q1(batch.next_obs, next_act), ac_targ.q2(batch.next_obs, next_act)
+        next_q1, next_q2 = (q(batch.next_obs, next_act) for q in ac_targ.q)
         target = q_target(batch.rew, batch.terminated, next_q1, next_q2, args.gamma)
-    q1, q2 = ac.q1(batch.obs, batch.act), ac.q2(batch.obs, batch.act)
+    q1, q2 = (q(batch.obs, batch.act) for q in ac.q)
     loss_q = q_loss(q1, q2, target)
     gradient_step(q_optimizer, loss_q)
     metrics = dict(Q1Vals=q1.tolist(), Q2Vals=q2.tolist(), LossQ=[loss_q.item()])
     if update_policy:
-        loss_pi = policy_loss(ac.q1(batch.obs, ac.pi(batch.obs)))
+        loss_pi = policy_loss(ac.q[0](batch.obs, ac.pi(batch.obs)))
         gradient_step(pi_optimizer, loss_pi)
         polyak_average(ac, ac_targ, args.polyak)
         metrics |= dict(LossPi=[loss_pi.item()])
@@ -255,7 +255,7 @@ def train(args):
     mpi.broadcast(ac)
     ac_targ = copy.deepcopy(ac).requires_grad_(False)
     pi_optimizer = torch.optim.Adam(ac.pi.parameters(), lr=args.pi_lr, fused=True)
-    q_optimizer = torch.optim.Adam([*ac.q1.parameters(), *ac.q2.parameters()], lr=args.q_lr, fused=True)
+    q_optimizer = torch.optim.Adam(ac.q.parameters(), lr=args.q_lr, fused=True)
     buffer = ReplayBuffer(envs, min(args.replay_size, args.total_steps + args.steps_per_epoch) // mpi.size(), seeds)
     test_env = gym.make(args.env_id, **options)
     test_env.reset(seed=int(seeds.integers(2**31)))

@@ -52,9 +52,9 @@ _AT_LEAST_1 = (
     "save_freq torch_threads batch_size replay_size update_every policy_delay"
 ).split()
 _AT_LEAST_0 = (
-    "seed train_v_iters damping_coeff start_steps update_after num_test_episodes act_noise target_noise noise_clip alpha"
+    "seed train_v_iters damping_coeff start_steps update_after num_test_episodes act_noise target_noise noise_clip"
 ).split()
-_ABOVE_0 = "pi_lr vf_lr q_lr target_kl delta clip_ratio".split()
+_ABOVE_0 = "pi_lr vf_lr q_lr alpha target_kl delta clip_ratio".split()
 _FROM_0_TO_1 = "gamma lam backtrack_coeff polyak".split()
 
 
