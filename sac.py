@@ -272,13 +272,14 @@ def train(args):
     pi_optimizer = torch.optim.Adam(ac.pi.parameters(), lr=args.pi_lr, fused=True)
     q_optimizer = torch.optim.Adam(ac.q.parameters(), lr=args.q_lr, fused=True)
     alpha_optimizer = torch.optim.Adam([ac.log_alpha], lr=args.pi_lr)
-    buffer = ReplayBuffer(envs, min(args.replay_size, args.total_steps + args.steps_per_epoch) // mpi.size(), seeds)
+    epochs = math.ceil(args.total_steps / args.steps_per_epoch)
+    buffer = ReplayBuffer(envs, min(args.replay_size, epochs * args.steps_per_epoch) // mpi.size(), seeds)
     test_env = gym.make(args.env_id, **options)
     test_env.reset(seed=int(seeds.integers(2**31)))
     block = math.ceil(args.update_every / num_envs) * num_envs  # steps between two blocks of as many updates
 
     with Logger(args, __file__) as logger:
-        for epoch in range(math.ceil(args.total_steps / args.steps_per_epoch)):
+        for epoch in range(epochs):
             log = {name: [] for name in ("EpRet", "EpLen", "Q1Vals", "Q2Vals", "LossQ", "LossPi", "LogPi", "Alpha")}
             epoch_end = (epoch + 1) * args.steps_per_epoch
             while buffer.steps < epoch_end:
@@ -293,7 +294,7 @@ def train(args):
             test_rets, test_lens = test(ac, test_env, args.num_test_episodes)
             tests = dict(TestEpRet=test_rets, TestEpLen=test_lens)
             logger.log(Epoch=epoch, **log, **tests, TotalEnvInteracts=buffer.steps)
-            if epoch % args.save_freq == 0 or buffer.steps >= args.total_steps:
+            if epoch % args.save_freq == 0 or epoch == epochs - 1:
                 logger.save_model(ac)
     return ac
 

@@ -1,0 +1,275 @@
+"""Deep Deterministic Policy Gradient (DDPG). Lillicrap et al. 2015, arXiv:1509.02971.
+
+    target = rew + gamma (1 - terminated) q_targ(next_obs, pi_targ(next_obs))
+    L_q    =  mean (q(obs, act) - target)^2
+    L_pi   = -mean q(obs, pi(obs)),   after which the targets follow by Polyak averaging
+
+Here -1 and 1 stand for the bounds of each dimension of the action: policy, critic and noise live in that box.
+The noise of the acting policy is Gaussian, as in arXiv:1802.09477, not an Ornstein-Uhlenbeck process.
+
+    python ddpg.py --env-id Walker2d-v4
+    mpirun -n 2 python ddpg.py --env-id Walker2d-v4
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium.spaces import Box
+from torch import nn
+
+from utils import mpi
+from utils.logger import Logger, RunArgs, check, check_finite
+
+
+@dataclass
+class Args(RunArgs):
+    env_id: str = "HalfCheetah-v4"  # a Gymnasium environment with flat observations and bounded continuous actions
+    seed: int = 0  # of networks, environments, noise and minibatches
+    total_steps: int = 1_000_000  # environment steps in all
+    steps_per_epoch: int = 10_000  # environment steps between two rows of the log, and between two tests
+    num_envs: int = 1  # environments, stepped one after the other; at least one per MPI process
+    max_ep_len: int | None = None  # steps until an episode is truncated; default: the environment's own limit
+    num_test_episodes: int = 10  # deterministic episodes at the end of each epoch
+    hidden_sizes: tuple[int, ...] = (256, 256)  # of the actor and of the critic
+    activation: Literal["tanh", "relu", "elu"] = "relu"  # of the hidden layers
+    gamma: float = 0.99  # discount
+    polyak: float = 0.995  # how much of the target networks stays at each of their updates
+    pi_lr: float = 1e-3  # learning rate of the actor
+    q_lr: float = 1e-3  # learning rate of the critic
+    batch_size: int = 128  # transitions in a gradient step
+    replay_size: int = 1_000_000  # transitions that the replay buffer holds
+    start_steps: int = 10_000  # steps of uniformly random actions at the start
+    update_after: int = 1000  # steps before the first update
+    update_every: int = 50  # steps between two blocks of updates; a block has as many updates as there were steps
+    act_noise: float = 0.1  # deviation of the noise of the acting policy, in half-widths of the action's bounds
+
+
+class Batch(NamedTuple):
+    """Tensors of shape (B, ...): B transitions."""
+
+    obs: torch.Tensor
+    act: torch.Tensor  # within -1 and 1
+    rew: torch.Tensor
+    next_obs: torch.Tensor  # the real final observation where an episode ends
+    terminated: torch.Tensor  # 1 where the return ends, which a truncated episode's does not
+
+
+class ReplayBuffer:
+    """Steps N environments and keeps the last `size` transitions of them, as arrays of shape (size, ...)."""
+
+    def __init__(self, envs, size, seeds):
+        obs_shape, act_shape = envs[0].observation_space.shape, envs[0].action_space.shape
+        shapes = Batch(obs_shape, act_shape, (), obs_shape, ())
+        self.arrays = Batch(*(np.zeros((size, *shape), np.float32) for shape in shapes))
+        self.envs, self.steps, self.stored = envs, 0, 0
+        self.now = np.array([env.reset(seed=int(seeds.integers(2**31)))[0] for env in envs], np.float32)  # (N, obs_dim)
+        self.ep_ret, self.ep_len = np.zeros(len(envs)), np.zeros(len(envs), int)
+
+    def collect(self, ac, num_steps, start_steps):
+        """Act for T steps in each environment, uniformly at random in the first `start_steps` of all.
+
+        Returns what to log: the returns and the lengths of the episodes that ended."""
+        ep_rets, ep_lens = [], []
+        for _ in range(num_steps):
+            check_finite(self.steps, observation=self.now)
+            random = 2 * torch.rand(len(self.envs), *self.arrays.act.shape[1:]) - 1
+            act = random if self.steps < start_steps else ac.sample(self.now).cpu()
+            for i, (env, env_act) in enumerate(zip(self.envs, ac.to_env(act), strict=True)):
+                next_obs, rew, terminated, truncated, _ = env.step(env_act)
+                self.store(self.now[i], act[i], rew, next_obs, terminated)
+                self.ep_ret[i] += rew
+                self.ep_len[i] += 1
+                if terminated or truncated:
+                    ep_rets.append(self.ep_ret[i])
+                    ep_lens.append(self.ep_len[i])
+                    self.ep_ret[i], self.ep_len[i] = 0, 0
+                    next_obs, _ = env.reset()
+                self.now[i] = next_obs
+            self.steps += len(self.envs) * mpi.size()
+        return dict(EpRet=ep_rets, EpLen=ep_lens)
+
+    def store(self, *transition):
+        """Put obs, act, rew, next_obs, terminated into the place of the oldest transition."""
+        at = self.stored % len(self.arrays.obs)
+        for array, value in zip(self.arrays, transition, strict=True):
+            array[at] = value
+        check_finite(self.steps, observation=self.arrays.next_obs[at], reward=self.arrays.rew[at])
+        self.stored += 1
+
+    def sample(self, batch_size, device):
+        """A Batch of transitions, drawn uniformly with replacement."""
+        at = torch.randint(min(self.stored, len(self.arrays.obs)), (batch_size,))
+        return Batch(*(torch.from_numpy(array)[at].to(device) for array in self.arrays))
+
+
+def mlp(sizes, activation):
+    """Linear layers with the activation between them."""
+    layers = []
+    for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+        layers += [nn.Linear(n_in, n_out), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Actor(nn.Module):
+    """pi(obs): a deterministic policy."""
+
+    def __init__(self, obs_dim, act_dim, hidden_sizes, activation):
+        super().__init__()
+        self.net = mlp([obs_dim, *hidden_sizes, act_dim], activation)
+
+    def forward(self, obs):
+        """obs (B, obs_dim) -> actions (B, act_dim) within -1 and 1"""
+        return torch.tanh(self.net(obs))
+
+
+class Critic(nn.Module):
+    """q(obs, act)"""
+
+    def __init__(self, obs_dim, act_dim, hidden_sizes, activation):
+        super().__init__()
+        self.net = mlp([obs_dim + act_dim, *hidden_sizes, 1], activation)
+
+    def forward(self, obs, act):
+        """obs (B, obs_dim), act (B, act_dim) -> values (B,)"""
+        return self.net(torch.cat([obs, act], -1)).squeeze(-1)
+
+
+class ActorCritic(nn.Module):
+    """Policy and critic, with the actions' bounds."""
+
+    def __init__(self, obs_space, act_space, args):
+        super().__init__()
+        activation = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}[args.activation]
+        sizes = (obs_space.shape[0], act_space.shape[0], args.hidden_sizes, activation)
+        self.pi, self.q = Actor(*sizes), Critic(*sizes)
+        self.act_noise, self.device = args.act_noise, torch.device(args.device)
+        low, high = act_space.low.astype(np.float32), act_space.high.astype(np.float32)
+        for name, value in dict(low=low, high=high, scale=(high - low) / 2, bias=(high + low) / 2).items():
+            self.register_buffer(name, torch.as_tensor(value), persistent=False)
+        self.to(self.device)
+
+    @torch.no_grad()
+    def sample(self, obs, deterministic=False):
+        """obs: array (N, obs_dim) -> the policy's actions: tensor (N, act_dim) within -1 and 1, with noise for exploration"""
+        act = self.pi(torch.as_tensor(obs, dtype=torch.float32, device=self.device))
+        return act if deterministic else (act + self.act_noise * torch.randn_like(act)).clamp(-1, 1)
+
+    def to_env(self, act):
+        """Actions within -1 and 1: tensor (N, act_dim) -> what env.step takes: array (N, act_dim) within the bounds"""
+        return torch.clamp(self.bias + self.scale * act.to(self.device), self.low, self.high).cpu().numpy()
+
+    def act(self, obs, deterministic=False):
+        """obs: array (N, obs_dim) -> what env.step takes: array (N, act_dim)"""
+        return self.to_env(self.sample(obs, deterministic))
+
+
+def q_target(rew, terminated, next_q, gamma):  # all (B,)
+    """rew + gamma (1 - terminated) q_targ"""
+    return rew + gamma * (1 - terminated) * next_q
+
+
+def q_loss(q, target):  # both (B,)
+    """mean (q - target)^2"""
+    assert q.shape == target.shape  # (B,) minus (B, 1) would silently be (B, B)
+    return (q - target).square().mean()
+
+
+def policy_loss(q):  # (B,)
+    """-mean q(obs, pi(obs))"""
+    return -q.mean()
+
+
+@torch.no_grad()
+def polyak_average(module, target, polyak):
+    """target <- polyak target + (1 - polyak) module"""
+    for p, p_targ in zip(module.parameters(), target.parameters(), strict=True):
+        p_targ.lerp_(p, 1 - polyak)
+
+
+def gradient_step(optimizer, loss):
+    """A step on the optimizer's own parameters; what else the loss depends on, gets no gradient."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad()
+    loss.backward(inputs=params)
+    mpi.average_gradients(params)
+    optimizer.step()
+
+
+def update(ac, ac_targ, pi_optimizer, q_optimizer, batch, args):
+    """One step of the critic, the actor and the targets. Returns what to log."""
+    with torch.no_grad():
+        next_q = ac_targ.q(batch.next_obs, ac_targ.pi(batch.next_obs))
+        target = q_target(batch.rew, batch.terminated, next_q, args.gamma)
+    q = ac.q(batch.obs, batch.act)
+    loss_q = q_loss(q, target)
+    gradient_step(q_optimizer, loss_q)
+
+    loss_pi = policy_loss(ac.q(batch.obs, ac.pi(batch.obs)))
+    gradient_step(pi_optimizer, loss_pi)
+    polyak_average(ac, ac_targ, args.polyak)
+    return dict(QVals=q.tolist(), LossQ=[loss_q.item()], LossPi=[loss_pi.item()])
+
+
+def test(ac, env, num_episodes):
+    """Run this rank's share of the deterministic episodes. Returns their returns and lengths."""
+    ep_rets, ep_lens = [], []
+    for _ in range(mpi.rank(), num_episodes, mpi.size()):
+        (obs, _), ended = env.reset(), False
+        ep_rets.append(0.0)
+        ep_lens.append(0)
+        while not ended:
+            obs, rew, terminated, truncated, _ = env.step(ac.act(obs[None], deterministic=True)[0])
+            ep_rets[-1] += rew
+            ep_lens[-1] += 1
+            ended = terminated or truncated
+    return ep_rets, ep_lens
+
+
+def train(args):
+    """Train as `args` (an Args) says and return the ActorCritic. Raises RunError for what cannot work."""
+    num_envs = max(args.num_envs, mpi.size())
+    check(args, (Box,), num_envs=min(args.num_envs, mpi.size()), steps_per_epoch=num_envs, batch_size=mpi.size())
+    torch.set_num_threads(args.torch_threads)
+    seeds = mpi.seed_everything(args.seed)
+    options = dict(max_episode_steps=args.max_ep_len, disable_env_checker=True)
+    envs = [gym.make(args.env_id, **options) for _ in range(num_envs // mpi.size())]
+    ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
+    mpi.broadcast(ac)
+    ac_targ = copy.deepcopy(ac).requires_grad_(False)
+    pi_optimizer = torch.optim.Adam(ac.pi.parameters(), lr=args.pi_lr, fused=True)
+    q_optimizer = torch.optim.Adam(ac.q.parameters(), lr=args.q_lr, fused=True)
+    epochs = math.ceil(args.total_steps / args.steps_per_epoch)
+    buffer = ReplayBuffer(envs, min(args.replay_size, epochs * args.steps_per_epoch) // mpi.size(), seeds)
+    test_env = gym.make(args.env_id, **options)
+    test_env.reset(seed=int(seeds.integers(2**31)))
+    block = math.ceil(args.update_every / num_envs) * num_envs  # steps between two blocks of as many updates
+
+    with Logger(args, __file__) as logger:
+        for epoch in range(epochs):
+            log = {name: [] for name in ("EpRet", "EpLen", "QVals", "LossQ", "LossPi")}
+            epoch_end = (epoch + 1) * args.steps_per_epoch
+            while buffer.steps < epoch_end:
+                num_steps = min(block, epoch_end - buffer.steps)
+                metrics = buffer.collect(ac, num_steps // num_envs, args.start_steps)
+                if buffer.steps >= args.update_after:
+                    for _ in range(num_steps):
+                        batch = buffer.sample(args.batch_size // mpi.size(), ac.device)
+                        metrics |= update(ac, ac_targ, pi_optimizer, q_optimizer, batch, args)
+                for name, values in metrics.items():
+                    log[name] += values
+            test_rets, test_lens = test(ac, test_env, args.num_test_episodes)
+            tests = dict(TestEpRet=test_rets, TestEpLen=test_lens)
+            logger.log(Epoch=epoch, **log, **tests, TotalEnvInteracts=buffer.steps)
+            if epoch % args.save_freq == 0 or epoch == epochs - 1:
+                logger.save_model(ac)
+    return ac
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))
