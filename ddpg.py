@@ -16,7 +16,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import torch
 import tyro
@@ -24,7 +23,7 @@ from gymnasium.spaces import Box
 from torch import nn
 
 from utils import mpi
-from utils.logger import Logger, RunArgs, check, check_finite
+from utils.logger import Logger, RunArgs, check, check_finite, make_env
 
 
 @dataclass
@@ -74,7 +73,7 @@ class ReplayBuffer:
     def collect(self, ac, num_steps, start_steps):
         """Act for T steps in each environment, uniformly at random in the first `start_steps` of all.
 
-        Returns what to log: the returns and the lengths of the episodes that ended."""
+        Returns the returns and the lengths of the episodes that ended."""
         ep_rets, ep_lens = [], []
         for _ in range(num_steps):
             check_finite(self.steps, observation=self.now)
@@ -92,7 +91,7 @@ class ReplayBuffer:
                     next_obs, _ = env.reset()
                 self.now[i] = next_obs
             self.steps += len(self.envs) * mpi.size()
-        return dict(EpRet=ep_rets, EpLen=ep_lens)
+        return ep_rets, ep_lens
 
     def store(self, *transition):
         """Put obs, act, rew, next_obs, terminated into the place of the oldest transition."""
@@ -237,8 +236,7 @@ def train(args):
     check(args, (Box,), num_envs=min(args.num_envs, mpi.size()), steps_per_epoch=num_envs, batch_size=mpi.size())
     torch.set_num_threads(args.torch_threads)
     seeds = mpi.seed_everything(args.seed)
-    options = dict(max_episode_steps=args.max_ep_len, disable_env_checker=True)
-    envs = [gym.make(args.env_id, **options) for _ in range(num_envs // mpi.size())]
+    envs = [make_env(args) for _ in range(num_envs // mpi.size())]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
     ac_targ = copy.deepcopy(ac).requires_grad_(False)
@@ -246,28 +244,25 @@ def train(args):
     q_optimizer = torch.optim.Adam(ac.q.parameters(), lr=args.q_lr, fused=True)
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
     buffer = ReplayBuffer(envs, min(args.replay_size, epochs * args.steps_per_epoch) // mpi.size(), seeds)
-    test_env = gym.make(args.env_id, **options)
+    test_env = make_env(args)
     test_env.reset(seed=int(seeds.integers(2**31)))
     block = math.ceil(args.update_every / num_envs) * num_envs  # steps between two blocks of as many updates
 
+    state = dict(ac=ac, ac_targ=ac_targ, pi_optimizer=pi_optimizer, q_optimizer=q_optimizer)
     with Logger(args, __file__) as logger:
-        for epoch in range(epochs):
-            log = {name: [] for name in ("EpRet", "EpLen", "QVals", "LossQ", "LossPi")}
+        for epoch in logger.epochs(epochs, **state, buffer=buffer, test_env=test_env):
             epoch_end = (epoch + 1) * args.steps_per_epoch
             while buffer.steps < epoch_end:
                 num_steps = min(block, epoch_end - buffer.steps)
-                metrics = buffer.collect(ac, num_steps // num_envs, args.start_steps)
+                ep_rets, ep_lens = buffer.collect(ac, num_steps // num_envs, args.start_steps)
+                metrics = dict.fromkeys(["QVals", "LossQ", "LossPi"], [])  # blank until the first update
                 if buffer.steps >= args.update_after:
                     for _ in range(num_steps):
                         batch = buffer.sample(args.batch_size // mpi.size(), ac.device)
                         metrics |= update(ac, ac_targ, pi_optimizer, q_optimizer, batch, args)
-                for name, values in metrics.items():
-                    log[name] += values
+                logger.store(EpRet=ep_rets, EpLen=ep_lens, **metrics)
             test_rets, test_lens = test(ac, test_env, args.num_test_episodes)
-            tests = dict(TestEpRet=test_rets, TestEpLen=test_lens)
-            logger.log(Epoch=epoch, **log, **tests, TotalEnvInteracts=buffer.steps)
-            if epoch % args.save_freq == 0 or epoch == epochs - 1:
-                logger.save_model(ac)
+            logger.log(Epoch=epoch, TestEpRet=test_rets, TestEpLen=test_lens, TotalEnvInteracts=buffer.steps)
     return ac
 
 

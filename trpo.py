@@ -17,7 +17,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import torch
 import tyro
@@ -27,7 +26,7 @@ from torch.distributions import Categorical, Independent, Normal, kl_divergence
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from utils import mpi
-from utils.logger import Logger, RunArgs, check, check_finite
+from utils.logger import Logger, RunArgs, check, check_finite, make_env
 
 
 @dataclass
@@ -350,8 +349,7 @@ def train(args):
     check(args, (Box, Discrete), num_envs=mpi.size(), steps_per_epoch=args.num_envs, minibatch_size=mpi.size())
     torch.set_num_threads(args.torch_threads)
     seeds = mpi.seed_everything(args.seed)
-    options = dict(max_episode_steps=args.max_ep_len, disable_env_checker=True)
-    envs = [gym.make(args.env_id, **options) for _ in range(args.num_envs // mpi.size())]
+    envs = [make_env(args) for _ in range(args.num_envs // mpi.size())]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
     optimizer = torch.optim.Adam(ac.v.parameters(), args.vf_lr, eps=1e-5, fused=True)
@@ -360,14 +358,12 @@ def train(args):
     buffer = Buffer(envs, args.steps_per_epoch // args.num_envs, seeds)
 
     with Logger(args, __file__) as logger:
-        for epoch in range(epochs):
+        for epoch in logger.epochs(epochs, ac=ac, optimizer=optimizer, scheduler=scheduler, buffer=buffer):
             ep_rets, ep_lens = buffer.collect(ac)
             metrics = update(ac, optimizer, buffer.batch(ac), args)
             scheduler.step()
             ac.obs_stats.update(torch.as_tensor(buffer.obs, device=ac.device))  # not earlier: pi_old is the policy that acted
             logger.log(Epoch=epoch, EpRet=ep_rets, EpLen=ep_lens, TotalEnvInteracts=buffer.steps, **metrics)
-            if epoch % args.save_freq == 0 or epoch == epochs - 1:
-                logger.save_model(ac)
     return ac
 
 

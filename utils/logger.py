@@ -1,10 +1,11 @@
-"""What surrounds a run: its common arguments and their checks, the run directory, the display, W&B, the saved model.
+"""What surrounds a run: its common arguments and their checks, the run directory, the display, W&B, checkpoints.
 
 with Logger(args, __file__) as logger:
-    logger.log(Epoch=0, EpRet=[12.0, 15.5], LossPi=-0.01, TotalEnvInteracts=2000)
-    logger.save_model(ac)
+    for epoch in logger.epochs(100, ac=ac, optimizer=optimizer, buffer=buffer):
+        logger.log(Epoch=epoch, EpRet=[12.0, 15.5], LossPi=-0.01, TotalEnvInteracts=2000)
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -14,8 +15,11 @@ import pathlib
 import platform
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -37,13 +41,20 @@ class RunArgs:
 
     exp_name: str | None = None  # name of the experiment; <algorithm>_<env_id> if not given
     data_dir: str = "data"  # the run goes to <data_dir>/<exp_name>/<exp_name>_s<seed>/
-    save_freq: int = 10  # epochs between two saves of model.pt; the last epoch always saves
+    save_freq: int = 10  # epochs between two saves of model.pt and of the checkpoint; the last epoch always saves
+    keep_checkpoints: bool = False  # keep each saved model, as model_<epoch>.pt
+    resume: str | None = None  # run directory of an interrupted run to go on with; only --total-steps may change
     device: str = "cpu"  # torch device of the networks: cpu, cuda, cuda:1, mps
     torch_threads: int = 1  # threads of torch in each process; networks of this size are fastest with 1
     track: bool = False  # log to Weights & Biases too
     wandb_project: str = "deep-rl"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
     wandb_group: str | None = None  # W&B group, to hold runs together
+
+    def __post_init__(self):
+        """With `resume`, take over the arguments of that run. Raises RunError if others are given that differ."""
+        if self.resume is not None:
+            _take_over(self)
 
 
 # Ranges by name, so that an argument which a copied script adds under a known name is checked too.
@@ -143,41 +154,113 @@ def check_finite(step, **arrays):
             raise RunError(f"{name} is not finite at step {step:,}; model.pt is left as it was")
 
 
-class Logger:
-    """Writes a run: `config.json`, `progress.txt`, `model.pt`, the display and W&B. Only rank 0 writes anything.
+class Repeatable(gym.Wrapper):
+    """Remembers how its episode began and the actions since, so that any environment which draws its random numbers from
+    `np_random` can be brought back to where it was. An environment that remembers more than that cannot."""
 
-    `dir` is the run directory (a pathlib.Path; None on the other ranks).
+    def reset(self, *, seed=None, options=None):
+        self.start = json.dumps([seed, None if seed is not None else self.unwrapped.np_random.bit_generator.state])
+        self.actions = []
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action):
+        self.actions.append(action)
+        return self.env.step(action)
+
+    def state_dict(self):
+        return dict(start=self.start, actions=torch.as_tensor(np.array(self.actions)))
+
+    def load_state_dict(self, state):
+        seed, random_state = json.loads(state["start"])
+        if random_state is not None:
+            self.unwrapped.np_random.bit_generator.state = random_state
+        self.env.reset(seed=seed)
+        self.start, self.actions = state["start"], list(state["actions"].numpy())
+        for action in self.actions:
+            self.env.step(action)
+
+
+def make_env(args):
+    """The environment `args.env_id`, with the episodes' limit `args.max_ep_len` if there is one."""
+    return Repeatable(gym.make(args.env_id, max_episode_steps=args.max_ep_len, disable_env_checker=True))
+
+
+class Logger:
+    """Writes a run: `config.json`, `progress.txt`, `model.pt`, checkpoints, the display and W&B.
+
+    Only rank 0 writes, but for the checkpoints, of which each rank has its own. `dir` is the run directory, a pathlib.Path.
+    Ctrl-C stops the run with a checkpoint at the next call of `store` or at the end of the epoch; a second one stops it at once.
     """
 
     AVERAGE_ONLY = ("EpLen", "TestEpLen", "LossPi", "LossQ", "LogPi", "Alpha")
 
     def __init__(self, args, script):
-        """Make the run directory of `args` (an instance of RunArgs) for the algorithm file `script`."""
-        self.dir = self.progress = self.wandb = self.display = None
-        if mpi.rank() == 0:
-            self._open(args, script)
+        """Make the run directory of `args` (an instance of RunArgs) for the algorithm file `script`, or open that to resume."""
+        self.args, self.script, self.stored, self.state = args, pathlib.Path(script), {}, {}
+        self.progress = self.wandb = self.display = None
+        self.interrupted = False
+        if args.resume is not None:
+            self.dir = pathlib.Path(args.resume)
+            self.config = read_config(self.dir)
+            if self.config.get("ranks") != mpi.size():
+                raise RunError(f"--resume {self.dir}: the run has {self.config.get('ranks')} ranks, not {mpi.size()}")
+            self.config["total_steps"] = args.total_steps
+        else:
+            name = args.exp_name or f"{self.script.stem}_{re.sub(r'[^A-Za-z0-9_.+=,-]', '-', args.env_id)}"
+            self.dir = mpi.share(_make_run_dir(args, name) if mpi.rank() == 0 else None)
+            self.config = dataclasses.asdict(args) | _provenance(script)
         self.start = self.last_time = time.time()
-        self.last_steps = 0
+        self.saves = self.last_steps = 0
+        if mpi.rank() == 0 and args.resume is None:
+            self._open()
 
-    def _open(self, args, script):
-        algo = pathlib.Path(script).stem
-        self.dir = _make_run_dir(args, args.exp_name or f"{algo}_{re.sub(r'[^A-Za-z0-9_.+=,-]', '-', args.env_id)}")
-        config = dataclasses.asdict(args) | _provenance(script)
-        (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        self.progress = open(self.dir / "progress.txt", "w", newline="\n")
-        if args.track:
-            self.wandb = _start_wandb(args, config, self.dir)
-        self.display = _Display(self.dir, args)
+    def _open(self):
+        with _writing(self.dir / "config.json"):
+            (self.dir / "config.json.part").write_text(json.dumps(self.config, indent=2) + "\n")
+            os.replace(self.dir / "config.json.part", self.dir / "config.json")
+            self.progress = open(self.dir / "progress.txt", "a", newline="\n")
+        if self.args.track:
+            self.wandb = _start_wandb(self.args, self.config, self.dir)
+        self.display = _Display(self.dir, self.args)
+
+    def epochs(self, count, **state):
+        """Yield the numbers of the epochs to do: 0 to count - 1, or from where the run to resume was left.
+
+        `state` is all that changes in the course of the run: modules, optimizers, schedulers, environments (what has a
+        `state_dict`) and objects whose attributes are arrays, numbers, strings or such things again. It is restored before
+        the first epoch, and saved every `save_freq` epochs and after the last one; `ac` is the module that model.pt holds.
+        """
+        self.state, self.epoch = state, 0
+        if self.args.resume is not None:
+            self._restore()
+            if mpi.rank() == 0:
+                self._open()
+        while self.epoch < count:
+            yield self.epoch
+            self.epoch += 1
+            if (self.epoch - 1) % self.args.save_freq == 0 or self.epoch == count:
+                self.save_model(state["ac"])
+                if self.args.keep_checkpoints and mpi.rank() == 0:
+                    with _writing(self.dir / f"model_{self.epoch - 1}.pt") as path:
+                        shutil.copyfile(self.dir / "model.pt", path)
+                self.save_checkpoint()
+            self._stop_if_interrupted()
+
+    def store(self, **metrics):
+        """Keep lists of numbers for the next row; they add up until it is written."""
+        for name, values in metrics.items():
+            self.stored.setdefault(name, []).extend(values)
+        self._stop_if_interrupted()
 
     def log(self, **metrics):
         """Write one row; collective over the ranks.
 
         An int is the same on all ranks and written as it is; a float is averaged over the ranks. A list gives the columns
         Average, Std, Max and Min over the values of all ranks, blank when there are none, or for AVERAGE_ONLY the mean
-        alone. `Time` (seconds since the start) and `StepsPerSec` (of this epoch, by `TotalEnvInteracts`) are added.
-        Raises RunError for a number that is not finite.
+        alone. What was stored comes after `Epoch`; `Time` (seconds since the start) and `StepsPerSec` (of this epoch, by
+        `TotalEnvInteracts`) are added. Raises RunError for a number that is not finite.
         """
-        row = {}
+        metrics, self.stored, row = {"Epoch": metrics["Epoch"]} | self.stored | metrics, {}, {}
         for name, value in metrics.items():
             if isinstance(value, list):
                 values = mpi.gather(value)
@@ -194,13 +277,11 @@ class Logger:
         row["Time"] = now - self.start
         row["StepsPerSec"] = (steps - self.last_steps) / (now - self.last_time)
         self.last_time, self.last_steps = now, steps
-        if self.dir:
+        if self.progress:
             header = "\t".join(row) + "\n" if self.progress.tell() == 0 else ""
-            try:
+            with _writing(self.progress.name):
                 self.progress.write(header + "\t".join(map(str, row.values())) + "\n")
                 self.progress.flush()
-            except OSError as error:
-                raise RunError(f"cannot write {self.progress.name}: {error.strerror}") from error
             if self.wandb:
                 self.wandb.log({name: value for name, value in row.items() if value != ""}, step=steps)
             self.display.update(row)
@@ -211,33 +292,200 @@ class Logger:
         Raises RunError if a weight is not finite, if the ranks' weights differ, or if the file cannot be written.
         """
         mpi.check_equal(module)
-        if self.dir:
+        if mpi.rank() == 0:
             state = {name: tensor.cpu() for name, tensor in module.state_dict().items()}
             for name, tensor in state.items():
                 if not torch.isfinite(tensor).all():
                     raise RunError(f"parameter {name} is not finite at step {self.last_steps:,}; model.pt is left as it was")
-            path, part = self.dir / "model.pt", self.dir / "model.pt.part"
-            try:
-                torch.save(state, part)
-                os.replace(part, path)
-            except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
-                part.unlink(missing_ok=True)
-                raise RunError(f"cannot write {path}: {str(error).splitlines()[0]}; the one before is left as it was") from error
+            _save(state, self.dir / "model.pt")
+
+    def save_checkpoint(self):
+        """Write all that resuming needs to `checkpoint/`; the one before is deleted when every rank has written its own."""
+        self.saves += 1
+        run = dict(epoch=self.epoch, saves=self.saves, last_steps=self.last_steps, elapsed=time.time() - self.start)
+        run |= dict(since_row=time.time() - self.last_time, rows_end=self.progress.tell() if self.progress else 0)
+        run |= dict(stored={name: torch.tensor(values, dtype=torch.float64) for name, values in self.stored.items()})
+        folder = self.dir / "checkpoint"
+        with _writing(folder):
+            folder.mkdir(exist_ok=True)
+        _save(dict(run=run, random=_random_state(), state=_pack(self.state)), folder / f"{self.saves}_rank{mpi.rank()}.pt")
+        mpi.average(0.0)  # waits for all ranks
+        for path in folder.glob(f"*_rank{mpi.rank()}.pt*"):
+            if path.name != f"{self.saves}_rank{mpi.rank()}.pt":
+                path.unlink()
+
+    def _restore(self):
+        """Bring `state`, the random states and the log back to the newest checkpoint that all ranks have written."""
+        saves = [path.name.removesuffix("_rank0.pt") for path in (self.dir / "checkpoint").glob("*_rank0.pt")]
+        saves = sorted((int(n) for n in saves if n.isdigit()), reverse=True)
+        files = [[self.dir / "checkpoint" / f"{n}_rank{rank}.pt" for rank in range(mpi.size())] for n in saves]
+        complete = [paths for paths in files if all(path.exists() for path in paths)]
+        if not complete:
+            raise RunError(f"--resume {self.dir}: {self.dir / 'checkpoint'} holds no checkpoint")
+        path = complete[0][mpi.rank()]
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            run = saved["run"]
+            _unpack(self.state, saved["state"])
+        except Exception as error:  # whatever a broken or foreign file brings about
+            raise RunError(f"--resume {self.dir}: cannot use {path}: {str(error).strip().splitlines()[0][:200]}") from error
+        self.epoch, self.saves, self.last_steps = run["epoch"], run["saves"], run["last_steps"]
+        self.stored = {name: values.tolist() for name, values in run["stored"].items()}
+        if mpi.rank() == 0:
+            rows = self.dir / "progress.txt"
+            if not rows.is_file() or rows.stat().st_size < run["rows_end"]:
+                raise RunError(f"--resume {self.dir}: progress.txt lacks rows that were there at the checkpoint")
+            with _writing(rows):
+                os.truncate(rows, run["rows_end"])  # rows after the checkpoint will come again
+        _set_random_state(saved["random"])
+        self.start, self.last_time = time.time() - run["elapsed"], time.time() - run["since_row"]
+
+    def _stop_if_interrupted(self):
+        if self.state and mpi.average(float(self.interrupted)) > 0:
+            self.save_model(self.state["ac"])
+            self.save_checkpoint()
+            raise Interrupted
+
+    def _interrupt(self, signum, frame):
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        if mpi.rank() == 0:
+            print("Ctrl-C: writing a checkpoint as soon as possible (again: stop at once, without one)", flush=True)
 
     def __enter__(self):
+        self.in_main_thread = threading.current_thread() is threading.main_thread()
+        if self.in_main_thread:
+            self.handler_before = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, kind, error, trace):
         """End the display, the files and the W&B run; and all ranks, if this one is leaving early."""
-        if self.dir:
+        if self.in_main_thread:
+            signal.signal(signal.SIGINT, self.handler_before)
+        if self.progress:
             self.display.close()
             self.progress.close()
             if self.wandb:
                 self.wandb.finish(exit_code=0 if kind is None else 1)
+        if kind in (Interrupted, KeyboardInterrupt) and mpi.rank() == 0 and (self.dir / "checkpoint").is_dir():
+            print(f"to go on: {_launcher()}python {self.script.name} --resume {shlex.quote(str(self.dir))}", flush=True)
         if kind is SystemExit:  # which never reaches sys.excepthook
             if mpi.size() > 1:
                 print(f"[rank {mpi.rank()}] exits: {error}", file=sys.stderr, flush=True)
             mpi.abort()
+
+
+class Interrupted(SystemExit):
+    """Ctrl-C, after the checkpoint; ends the program with status 130."""
+
+    def __init__(self):
+        super().__init__(130)
+
+
+def read_config(run_dir):
+    """config.json of a run directory, as a dict. Raises RunError if there is none that can be read."""
+    path = pathlib.Path(run_dir) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{run_dir}: no run directory, since it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("script"), str):
+        raise RunError(f"{path}: not the configuration of a run")
+    return config
+
+
+def _take_over(args):
+    """Give `args` the values of the run `args.resume`. Raises RunError for one that was given and differs."""
+    config, module = read_config(args.resume), sys.modules[type(args).__module__]
+    script = pathlib.Path(module.__file__).name
+    if config["script"] != script:
+        raise RunError(f"--resume {args.resume}: made by {config['script']}, not by {script}")
+    flags = sys.argv[1:] if module.__name__ == "__main__" else []
+    flags = {re.sub("^--(no-)?|=.*", "", flag).replace("-", "_") for flag in flags if flag.startswith("--")}
+    for field in dataclasses.fields(args):
+        if field.name in config and field.name != "resume":
+            value, old = getattr(args, field.name), config[field.name]
+            old = tuple(old) if isinstance(old, list) else old
+            given = value != field.default or field.name in flags
+            if given and value != old and field.name != "total_steps":
+                raise RunError(f"{_flag(field.name)} {value}: the run to resume has {old}; leave it out, or start a new run")
+            if not given:
+                setattr(args, field.name, old)
+
+
+def _launcher():
+    return f"mpirun -n {mpi.size()} " if mpi.size() > 1 else ""
+
+
+@contextlib.contextmanager
+def _writing(path):
+    """Turns what the disk says no to into a RunError that names `path`."""
+    try:
+        yield path
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _save(state, path):
+    """torch.save, whole or not at all: written under another name, flushed to the disk, and renamed."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {str(error).splitlines()[0]}; the one before is left as it was") from error
+
+
+def _pack(x):
+    """What `x` holds, in the types that torch.load takes with weights_only=True."""
+    if hasattr(x, "state_dict"):
+        return x.state_dict()
+    if isinstance(x, np.ndarray):
+        return torch.from_numpy(x)
+    if x is None or isinstance(x, bool | int | float | str):
+        return x
+    if isinstance(x, list | tuple):
+        return [_pack(item) for item in x]
+    return {name: _pack(item) for name, item in (x if isinstance(x, dict) else vars(x)).items()}
+
+
+def _unpack(x, saved):
+    """Give `x` back, in place, what `_pack` took from it."""
+    if hasattr(x, "load_state_dict"):
+        x.load_state_dict(saved)
+    elif isinstance(x, np.ndarray):
+        x[...] = saved.numpy()
+    elif isinstance(x, list | tuple):
+        for item, saved_item in zip(x, saved, strict=True):
+            _unpack(item, saved_item)
+    else:
+        items = x if isinstance(x, dict) else vars(x)
+        for name, saved_item in saved.items():
+            if saved_item is None or isinstance(saved_item, bool | int | float | str):
+                items[name] = saved_item
+            else:
+                _unpack(items[name], saved_item)
+
+
+def _random_state():
+    numpy = np.random.get_state()  # name, keys, position, has_gauss, gauss
+    random = dict(torch=torch.get_rng_state(), numpy_keys=torch.from_numpy(numpy[1].astype(np.int64)), numpy=[*numpy[2:]])
+    return random | (dict(cuda=torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else {})
+
+
+def _set_random_state(random):
+    torch.set_rng_state(random["torch"])
+    np.random.set_state(("MT19937", random["numpy_keys"].numpy().astype(np.uint32), *random["numpy"]))
+    if torch.cuda.is_available() and "cuda" in random:
+        torch.cuda.set_rng_state_all(random["cuda"])
 
 
 def _make_run_dir(args, exp_name):

@@ -105,6 +105,11 @@ def check_equal(module):
         raise RunError("the ranks' parameters differ: something that steers the training is not averaged over the ranks")
 
 
+def share(value):
+    """The value of rank 0, on every rank."""
+    return _comm.bcast(value) if _comm else value
+
+
 def gather(values):
     """The values of all ranks, one list after the other, as a float64 array (n,) that every rank gets."""
     values = np.asarray(values, dtype=np.float64).ravel()
