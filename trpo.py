@@ -23,7 +23,7 @@ import tyro
 from gymnasium.spaces import Box, Discrete
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 from utils import mpi
 from utils.logger import Logger, RunArgs, check, check_finite, make_env
@@ -260,6 +260,14 @@ def flat_grad(output, params, **options):
     return torch.cat([grad.flatten() for grad in torch.autograd.grad(output, params, **options)])
 
 
+@torch.no_grad()
+def assign(params, vector):
+    """Copy the vector (P,) into the parameters. In place: `vector_to_parameters` would move them in memory, where a resumed
+    run would not find them, and the last bits of a product depend on that."""
+    for p, x in zip(params, vector.split([p.numel() for p in params]), strict=True):
+        p.copy_(x.view_as(p))
+
+
 def fisher_vector_product(kl, params, damping_coeff):
     """The function v -> (H + damping_coeff I) v for vectors (P,), where H (P, P) is the Hessian of kl and never built."""
     kl_grad = flat_grad(kl, params, create_graph=True)
@@ -319,12 +327,12 @@ def update_policy(ac, batch, adv, args):
     step = torch.sqrt(2 * args.delta / (x @ product(x) + 1e-8)) * x
     theta, loss_old = parameters_to_vector(params).detach(), mpi.average(loss_pi.item())
     for j in range(args.backtrack_iters):
-        vector_to_parameters(theta + args.backtrack_coeff**j * step, params)
+        assign(params, theta + args.backtrack_coeff**j * step)
         with torch.no_grad():
             loss_pi, kl = (mpi.average(x.item()) for x in loss_and_kl())
         if args.algo == "npg" or (loss_pi < loss_old and kl <= args.delta):
             return kl, j
-    vector_to_parameters(theta, params)
+    assign(params, theta)
     return 0.0, args.backtrack_iters
 
 

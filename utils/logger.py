@@ -134,6 +134,38 @@ def check(args, action_spaces, **divisors):
         scripts = {"Discrete": "vpg.py, trpo.py and ppo.py", "Box": "vpg.py, trpo.py, ppo.py, ddpg.py, td3.py and sac.py"}
         hint = f"{scripts[kind]} can" if kind else "no script here can; wrap it to Discrete or to a float Box of shape (n,)"
         raise RunError(f"--env-id {args.env_id}: this algorithm cannot handle its action space {act_space}; {hint}")
+    if hasattr(args, "replay_size"):
+        _check_off_policy(args, obs_space, act_space)
+
+
+def _check_off_policy(args, obs_space, act_space):
+    if not act_space.is_bounded():
+        raise RunError(
+            f"--env-id {args.env_id}: this algorithm needs bounded actions, not {act_space}; vpg.py, trpo.py and ppo.py can do without"
+        )
+    if args.batch_size > args.update_after:
+        raise RunError(
+            f"--batch-size {args.batch_size}: the first update, after --update-after {args.update_after} steps, would find "
+            f"fewer transitions; try --update-after {args.batch_size}"
+        )
+    if args.start_steps >= args.total_steps and mpi.rank() == 0:
+        print(f"warning: --start-steps {args.start_steps}: all {args.total_steps} steps will be random", file=sys.stderr)
+    transition = 4 * (2 * obs_space.shape[0] + act_space.shape[0] + 2)  # bytes
+    needed, free = transition * min(args.replay_size, args.total_steps), _free_memory()
+    if needed > free:
+        raise RunError(
+            f"--replay-size {args.replay_size}: needs {needed / 2**30:.1f} GiB of memory, of which {free / 2**30:.1f} GiB are "
+            f"free; try --replay-size {int(float(f'{0.8 * free / transition:.1e}'))}"
+        )
+
+
+def _free_memory():
+    """Bytes of memory that a process could still get; infinity where the system does not tell."""
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    except (OSError, StopIteration):
+        return math.inf
 
 
 def silence_environments():
@@ -328,7 +360,7 @@ class Logger:
             run = saved["run"]
             _unpack(self.state, saved["state"])
         except Exception as error:  # whatever a broken or foreign file brings about
-            raise RunError(f"--resume {self.dir}: cannot use {path}: {str(error).strip().splitlines()[0][:200]}") from error
+            raise RunError(f"--resume {self.dir}: cannot use {path}: {_first_line(error)}") from error
         self.epoch, self.saves, self.last_steps = run["epoch"], run["saves"], run["last_steps"]
         self.stored = {name: values.tolist() for name, values in run["stored"].items()}
         if mpi.rank() == 0:
@@ -416,6 +448,10 @@ def _take_over(args):
                 setattr(args, field.name, old)
 
 
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def _launcher():
     return f"mpirun -n {mpi.size()} " if mpi.size() > 1 else ""
 
@@ -462,7 +498,7 @@ def _unpack(x, saved):
     if hasattr(x, "load_state_dict"):
         x.load_state_dict(saved)
     elif isinstance(x, np.ndarray):
-        x[...] = saved.numpy()
+        x[tuple(slice(n) for n in saved.shape)] = saved.numpy()  # a run that grows has a larger buffer
     elif isinstance(x, list | tuple):
         for item, saved_item in zip(x, saved, strict=True):
             _unpack(item, saved_item)

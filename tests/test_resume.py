@@ -1,0 +1,359 @@
+"""A run that was stopped, by Ctrl-C, by a kill at any instant or by a full disk, goes on as if nothing had happened."""
+
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, rows, run, small
+
+import ddpg
+import ppo
+import sac
+import td3
+import trpo
+import vpg
+from utils import logger
+from utils.logger import Logger, make_env
+from utils.mpi import RunError
+
+ALL = pytest.mark.parametrize("script", [vpg, trpo, ppo, ddpg, td3, sac], ids=lambda script: script.__name__)
+OFF_POLICY = dict(env_id="Pendulum-v1", total_steps=600, steps_per_epoch=120, start_steps=100, update_after=50)
+OFF_POLICY |= dict(hidden_sizes=(16, 16), batch_size=16, num_test_episodes=1)
+
+
+def tiny(script, folder, **changes):
+    """Arguments of a run of 5 epochs, in a second or less; episodes are longer than epochs."""
+    if hasattr(script, "ReplayBuffer"):
+        return script.Args(**OFF_POLICY | dict(data_dir=str(folder)) | changes)
+    options = dict(env_id="Pendulum-v1", total_steps=600, steps_per_epoch=120, minibatch_size=30)
+    return small(script, folder, **options | changes)
+
+
+def run_dir(folder):
+    (path,) = pathlib.Path(folder).glob("*/*_s0")
+    return path
+
+
+def same(a, b):
+    """Whether two run directories hold the same rows and the same parameters."""
+    models = [torch.load(path / "model.pt", weights_only=True) for path in (a, b)]
+    equal = models[0].keys() == models[1].keys() and all(torch.equal(models[0][k], models[1][k]) for k in models[0])
+    return equal and rows(a) == rows(b)
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """stop(name, n): the n-th call of this method of Logger is followed by what Ctrl-C does."""
+
+    def at(name, n):
+        calls, method = [], getattr(Logger, name)
+
+        def wrapped(self, *args, **kwargs):
+            calls.append(1)
+            if len(calls) == n:
+                os.kill(os.getpid(), signal.SIGINT)
+            return method(self, *args, **kwargs)
+
+        monkeypatch.setattr(Logger, name, wrapped)
+
+    return at
+
+
+@ALL
+@pytest.mark.parametrize("options", [{}, dict(env_id="Hopper-v4", save_freq=3)], ids=["Pendulum", "Hopper"])
+def test_rows_and_weights_are_those_of_a_run_without_interruption(script, tmp_path, stop, options, capsys):
+    script.train(tiny(script, tmp_path / "whole", **options))
+    stop("store" if hasattr(script, "ReplayBuffer") else "log", 4)  # of an off-policy run, in the middle of an epoch
+    with pytest.raises(SystemExit) as stopped:
+        script.train(tiny(script, tmp_path / "cut", **options))
+    assert stopped.value.code == 130
+    cut = run_dir(tmp_path / "cut")
+    assert f"python {script.__name__}.py --resume {cut}" in capsys.readouterr().out
+    assert 0 < len(rows(cut)) < 5
+    ac = script.train(script.Args(resume=str(cut)))
+    assert same(cut, run_dir(tmp_path / "whole"))
+    assert all(torch.equal(a, b) for a, b in zip(ac.parameters(), torch.load(cut / "model.pt").values(), strict=False))
+    assert not list(cut.glob("**/*.part")) and len(list((cut / "checkpoint").iterdir())) == 1
+
+
+KILLS = """
+import multiprocessing, os, pathlib, random, shutil, sys, time
+sys.path[:0] = ["tests", "."]
+from test_resume import tiny
+import torch._dynamo  # which the optimizers import: here once, and not in every child
+import {name} as script
+context = multiprocessing.get_context("fork")
+folder = pathlib.Path(sys.argv[1])
+
+def start(args):
+    process = context.Process(target=lambda: (os.dup2(os.open(os.devnull, os.O_WRONLY), 1), script.train(args)))
+    process.start()
+    return process
+
+def go_on():
+    for path in folder.glob("cut/*/*_s0/checkpoint/*.pt"):
+        return start(script.Args(resume=str(path.parent.parent))), True
+    shutil.rmtree(folder / "cut", ignore_errors=True)
+    return start(tiny(script, folder / "cut", **options)), False
+
+options = dict(save_freq=1, total_steps=2400)
+begin = time.time()
+whole = start(tiny(script, folder / "whole", **options))
+whole.join()
+assert whole.exitcode == 0
+length, kills, resumed = time.time() - begin, 0, 0
+random.seed(0)
+while kills < 20:
+    process, resumes = go_on()
+    process.join(random.uniform(0, length / 5))
+    if process.exitcode is None:
+        kills, resumed = kills + 1, resumed + resumes
+    else:  # it was at the end before all kills were spent: begin anew
+        assert process.exitcode == 0
+        shutil.rmtree(folder / "cut")
+    process.kill()
+    process.join()
+process, _ = go_on()
+process.join()
+assert process.exitcode == 0
+print("kills", kills, "of which in resumed runs", resumed, "length", length)
+assert resumed > 5
+"""
+
+
+@pytest.mark.parametrize("script", [ppo, td3], ids=lambda script: script.__name__)
+def test_twenty_kills_leave_the_same_run(script, tmp_path):
+    done = run(sys.executable, "-c", KILLS.format(name=script.__name__), tmp_path, timeout=300)
+    assert done.returncode == 0 and "kills 20" in done.stdout, done.stdout + done.stderr
+    assert same(run_dir(tmp_path / "whole"), run_dir(tmp_path / "cut"))
+
+
+def test_kill_while_the_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch):
+    td3.train(tiny(td3, tmp_path / "whole"))
+    replace, count = os.replace, []
+
+    def killed(source, target):  # stands for a kill between two instructions: nothing after it runs
+        count.append(target)
+        if "checkpoint" in str(target) and len(count) > 6:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        td3.train(tiny(td3, tmp_path / "cut", save_freq=1))
+    monkeypatch.setattr(os, "replace", replace)
+    cut = run_dir(tmp_path / "cut")
+    assert list((cut / "checkpoint").glob("*.part")) and list((cut / "checkpoint").glob("*.pt"))
+    td3.train(td3.Args(resume=str(cut)))
+    assert same(cut, run_dir(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("script", [ppo, sac], ids=lambda script: script.__name__)
+def test_two_ranks(script, tmp_path):
+    program = f"""
+import os, signal, sys
+sys.path[:0] = ["tests", "."]
+from test_resume import tiny
+import {script.__name__} as script
+from utils.logger import Logger
+if sys.argv[1] == "resume":
+    script.train(script.Args(resume=sys.argv[2]))
+else:
+    log, rank = Logger.log, int(os.environ["PMI_RANK"])
+    def wrapped(self, **metrics):
+        log(self, **metrics)
+        if sys.argv[1] == "cut" and metrics["Epoch"] == 1 and rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)  # one rank hears of it first
+    Logger.log = wrapped
+    script.train(tiny(script, sys.argv[2], num_envs=2))
+"""
+    mpirun = ["mpirun", "-n", 2, sys.executable, "-c", program]
+    assert run(*mpirun, "whole", tmp_path / "whole").returncode == 0
+    cut = run(*mpirun, "cut", tmp_path / "cut")
+    assert cut.returncode == 130, cut.stdout + cut.stderr
+    path = run_dir(tmp_path / "cut")
+    assert len(rows(path)) == 2 and f"mpirun -n 2 python {script.__name__}.py --resume {path}" in cut.stdout
+    again = run(*mpirun, "resume", path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert same(path, run_dir(tmp_path / "whole"))
+    with pytest.raises(RunError, match="2 ranks, not 1"):
+        script.train(script.Args(resume=str(path)))
+
+
+def test_a_longer_run(tmp_path):
+    """600 steps and then on to 960 are 960 steps; the replay buffer grows."""
+    td3.train(tiny(td3, tmp_path / "whole", total_steps=960))
+    td3.train(tiny(td3, tmp_path / "cut"))
+    cut = run_dir(tmp_path / "cut")
+    td3.train(td3.Args(resume=str(cut), total_steps=960))
+    assert same(cut, run_dir(tmp_path / "whole"))
+    assert json.loads((cut / "config.json").read_text())["total_steps"] == 960
+
+
+@pytest.fixture
+def finished(tmp_path):
+    ppo.train(tiny(ppo, tmp_path))
+    return run_dir(tmp_path)
+
+
+def test_arguments_that_contradict_the_run(finished, tmp_path):
+    for changes, words in [(dict(seed=1), "--seed 1"), (dict(hidden_sizes=(8,)), "--hidden-sizes"), (dict(pi_lr=1.0), "--pi-lr")]:
+        with pytest.raises(RunError, match=f"{words}.*the run to resume has"):
+            ppo.Args(resume=str(finished), **changes)
+    with pytest.raises(RunError, match="made by ppo.py, not by vpg.py"):
+        vpg.Args(resume=str(finished))
+    default = run(sys.executable, "ppo.py", "--resume", finished, "--minibatch-size", "200")  # the default, but not this run's
+    assert default.returncode == 1 and "--minibatch-size 200: the run to resume has 30" in default.stderr
+    assert "Traceback" not in default.stderr
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("what", ["missing", "truncated", "malicious", "foreign", "rows", "config", "empty"])
+def test_broken_run_directories_are_refused_in_one_line(finished, tmp_path, what):
+    (checkpoint,) = (finished / "checkpoint").iterdir()
+    trap = tmp_path / "trap"
+    if what == "missing":
+        shutil.rmtree(finished / "checkpoint")
+    elif what == "truncated":
+        os.truncate(checkpoint, checkpoint.stat().st_size // 2)
+    elif what == "empty":
+        os.truncate(checkpoint, 0)
+    elif what == "malicious":
+        checkpoint.write_bytes(pickle.dumps(Malicious(trap)))
+        pickle.loads(checkpoint.read_bytes())
+        trap.rmdir()  # so it would work
+    elif what == "foreign":
+        torch.save(dict(weights=torch.zeros(3)), checkpoint)
+    elif what == "rows":
+        os.truncate(finished / "progress.txt", 10)
+    elif what == "config":
+        (finished / "config.json").write_text('{"script": "ppo.py", ')
+    with pytest.raises(RunError, match=str(finished)) as refused:
+        ppo.train(ppo.Args(resume=str(finished)))
+    assert "\n" not in str(refused.value) and not trap.exists()
+
+
+def test_half_a_row_after_the_checkpoint_is_cut_off(tmp_path):
+    ppo.train(tiny(ppo, tmp_path / "whole", save_freq=100))
+    ppo.train(tiny(ppo, tmp_path / "cut", save_freq=100, total_steps=240))
+    cut = run_dir(tmp_path / "cut")
+    with open(cut / "progress.txt", "a") as file:
+        file.write("2\t-1200.5\t0.")
+    before = [line.split("\t")[0] for line in (cut / "progress.txt").read_text().splitlines()]
+    assert before == ["Epoch", "0", "1", "2"]
+    ppo.train(ppo.Args(resume=str(cut), total_steps=600))
+    assert [row["Epoch"] for row in rows(cut)] == list("01234")
+
+
+def child(program, folder, unprivileged=False):
+    command = [sys.executable, "-c", "import sys\nsys.path[:0] = ['tests', '.']\nimport ppo\n" + program, str(folder)]
+    if unprivileged and os.geteuid() == 0:  # root may write everywhere, unless it gives up the right to
+        command = ["setpriv", "--bounding-set", "-dac_override", "--inh-caps", "-dac_override", *command]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_full_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a file system of limited size takes the right to mount one")
+    try:
+        program = """
+from test_resume import tiny
+from utils.logger import Logger
+log = Logger.log
+def wrapped(self, **metrics):
+    log(self, **metrics)
+    if metrics["Epoch"] == 2:
+        while True:
+            open(sys.argv[1] + "/filler", "ab", buffering=0).write(bytes(1000))
+def fill(self, **metrics):
+    try:
+        wrapped(self, **metrics)
+    except OSError:
+        pass
+Logger.log = fill
+ppo.train(tiny(ppo, sys.argv[1], save_freq=1))
+"""
+        full = child(program, disk)
+        assert full.returncode == 1 and full.stderr.count("\n") == 1, full.stderr
+        assert "cannot write" in full.stderr and "No space left" in full.stderr or "the one before is left" in full.stderr
+        (disk / "filler").unlink()
+        cut = run_dir(disk)
+        ppo.train(ppo.Args(resume=str(cut)))
+        ppo.train(tiny(ppo, tmp_path / "whole"))
+        assert same(cut, run_dir(tmp_path / "whole"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_directory_without_write_permission():
+    folder = pathlib.Path(tempfile.mkdtemp())
+    try:
+        ppo.train(tiny(ppo, folder, save_freq=100, total_steps=240))
+        cut = run_dir(folder)
+        before = sorted((path.name, path.stat().st_mtime_ns) for path in cut.glob("**/*"))
+        for path in [folder, *folder.glob("**/*")]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        resumed = child(f"ppo.train(ppo.Args(resume={str(cut)!r}, total_steps=600))", folder, unprivileged=True)
+        fresh = child("ppo.train(ppo.Args(data_dir=sys.argv[1]))", folder, unprivileged=True)
+        for done in (resumed, fresh):
+            assert done.returncode == 1 and "Permission denied" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert before == sorted((path.name, path.stat().st_mtime_ns) for path in cut.glob("**/*"))
+    finally:
+        subprocess.run(["chmod", "-R", "u+w", folder], check=True)
+        shutil.rmtree(folder)
+
+
+def test_checkpoints_cost_little_time(tmp_path, monkeypatch):
+    """At the defaults; the share of the last saves of 50,000 steps, as large as they become."""
+    spent, save = [], Logger.save_checkpoint
+
+    def timed(self):
+        begin = time.time()
+        save(self)
+        spent.append(time.time() - begin)
+
+    monkeypatch.setattr(Logger, "save_checkpoint", timed)
+    begin = time.time()
+    ppo.train(ppo.Args(env_id="Hopper-v4", total_steps=40_000, data_dir=str(tmp_path)))
+    assert sum(spent) < 0.05 * (time.time() - begin)
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "Hopper-v4", "CartPole-v1"])
+def test_environment_comes_back_to_where_it_was(env_id):
+    args = ppo.Args(env_id=env_id, max_ep_len=40)
+    first, second = make_env(args), make_env(args)
+    first.action_space.seed(0)
+    first.reset(seed=3)
+
+    def play(env, actions):
+        return [
+            (env.reset() if end else (obs, rew))[0]
+            for obs, rew, *end in ((o, r, a or b) for o, r, a, b, _ in map(env.step, actions))
+            for end in [end[0]]
+        ]
+
+    actions = [first.action_space.sample() for _ in range(100)]
+    play(first, actions[:50])
+    saved = logger._pack(first)
+    second.load_state_dict(saved)
+    assert np.array_equal(play(first, actions[50:]), play(second, actions[50:]))
