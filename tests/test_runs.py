@@ -271,4 +271,6 @@ def test_wandb_offline(tmp_path):
     assert done.returncode == 0, done.stderr
     path = run_dir(ppo, tmp_path)
     assert list((path / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert "secret0" not in (path / "config.json").read_text() + done.stdout + done.stderr
+    assert {file.name for file in path.glob("wandb/offline-run-*/files/*")} >= {"ppo.py", "model.pt"}
+    assert not [file for file in path.rglob("*") if file.is_file() and b"secret0" in file.read_bytes()]
+    assert "secret0" not in done.stdout + done.stderr

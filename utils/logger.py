@@ -14,6 +14,7 @@ import os
 import pathlib
 import platform
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -50,6 +51,7 @@ class RunArgs:
     wandb_project: str = "deep-rl"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
     wandb_group: str | None = None  # W&B group, to hold runs together
+    wandb_video: bool = False  # with --track: film an episode at the end
 
     def __post_init__(self):
         """With `resume`, take over the arguments of that run. Raises RunError if others are given that differ."""
@@ -100,6 +102,8 @@ def check(args, action_spaces, **divisors):
     multiple of 8. Raises RunError with one line that says what to do.
     """
     _check_ranges(args)
+    if args.wandb_video and not args.track:
+        raise RunError("--wandb-video: add --track, which it belongs to")
     for name, divisor in divisors.items():
         value = getattr(args, name)
         if value % divisor:
@@ -241,6 +245,7 @@ class Logger:
             name = args.exp_name or f"{self.script.stem}_{re.sub(r'[^A-Za-z0-9_.+=,-]', '-', args.env_id)}"
             self.dir = mpi.share(_make_run_dir(args, name) if mpi.rank() == 0 else None)
             self.config = dataclasses.asdict(args) | _provenance(script)
+            self.config |= dict(wandb_id=secrets.token_hex(4)) if args.track else {}
         self.start = self.last_time = time.time()
         self.saves = self.last_steps = 0
         if mpi.rank() == 0 and args.resume is None:
@@ -253,6 +258,7 @@ class Logger:
             self.progress = open(self.dir / "progress.txt", "a", newline="\n")
         if self.args.track:
             self.wandb = _start_wandb(self.args, self.config, self.dir)
+            self._track(lambda wandb: wandb.save(str(self.script.resolve()), str(self.script.resolve().parent), "now"))
         self.display = _Display(self.dir, self.args)
 
     def epochs(self, count, **state):
@@ -314,8 +320,7 @@ class Logger:
             with _writing(self.progress.name):
                 self.progress.write(header + "\t".join(map(str, row.values())) + "\n")
                 self.progress.flush()
-            if self.wandb:
-                self.wandb.log({name: value for name, value in row.items() if value != ""}, step=steps)
+            self._track(lambda wandb: wandb.log({name: value for name, value in row.items() if value != ""}, step=steps))
             self.display.update(row)
 
     def save_model(self, module):
@@ -372,6 +377,24 @@ class Logger:
         _set_random_state(saved["random"])
         self.start, self.last_time = time.time() - run["elapsed"], time.time() - run["since_row"]
 
+    def _track(self, action):
+        """Do something with the W&B run, if there is one. Whatever fails there does not stop this run."""
+        if self.wandb:
+            try:
+                action(self.wandb)
+            except Exception as error:
+                print(f"W&B: {_first_line(error)}; the run goes on without", file=sys.stderr, flush=True)
+
+    def _film(self, wandb):
+        import wandb as package
+
+        command = [sys.executable, "-m", "utils.evaluate", str(self.dir.resolve()), "-n", "1"]  # MuJoCo can draw in a new process
+        path, root = self.dir.resolve() / "video.mp4", pathlib.Path(__file__).resolve().parent.parent
+        done = subprocess.run([*command, "--video", str(path)], cwd=root, capture_output=True, text=True)
+        if done.returncode:
+            raise RunError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no film")
+        wandb.log({"video": package.Video(str(path), format="mp4")})
+
     def _stop_if_interrupted(self):
         if self.state and mpi.average(float(self.interrupted)) > 0:
             self.save_model(self.state["ac"])
@@ -398,8 +421,10 @@ class Logger:
         if self.progress:
             self.display.close()
             self.progress.close()
-            if self.wandb:
-                self.wandb.finish(exit_code=0 if kind is None else 1)
+            self._track(lambda wandb: wandb.save(str(self.dir / "model.pt"), str(self.dir), "now"))
+            if self.args.wandb_video and kind is None:
+                self._track(self._film)
+            self._track(lambda wandb: wandb.finish(exit_code=0 if kind is None else 1))
         if kind in (Interrupted, KeyboardInterrupt) and mpi.rank() == 0 and (self.dir / "checkpoint").is_dir():
             print(f"to go on: {_launcher()}python {self.script.name} --resume {shlex.quote(str(self.dir))}", flush=True)
         if kind is SystemExit:  # which never reaches sys.excepthook
@@ -561,7 +586,7 @@ def _start_wandb(args, config, run_dir):
     except ImportError:
         raise RunError("--track: wandb is not installed; pip install wandb") from None
     options = dict(project=args.wandb_project, entity=args.wandb_entity, group=args.wandb_group, config=config)
-    options |= dict(name=run_dir.name, dir=str(run_dir))
+    options |= dict(name=run_dir.name, dir=str(run_dir), id=config.get("wandb_id"), resume="allow")
     try:
         return wandb.init(**options)
     except wandb.errors.Error as error:
