@@ -1,0 +1,285 @@
+"""The sweep: names, checks before the first run, scheduling, failures, interruption; mostly with a script that trains nothing."""
+
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, rows
+
+from benchmark import sweep as module
+from benchmark.sweep import Args, main, parse, plan, sweep
+from utils.mpi import RunError
+
+FAKE = '''
+import itertools, json, pathlib, time
+from dataclasses import asdict, dataclass
+
+import tyro
+
+
+@dataclass
+class Args:
+    env_id: str = "Fake-v0"
+    seed: int = 0
+    total_steps: int = 100
+    gamma: float = 0.9
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    norm_obs: bool = True
+    target_kl: float = 0.1
+    target_noise: float = 0.1
+    seconds: float = 0.0  # that the run takes
+    wait_for: int = 0  # runs that have to have started
+    torch_threads: int = 1
+    exp_name: str | None = None
+    data_dir: str = "data"
+    resume: str | None = None
+
+
+def train(args):
+    """Writes what the Logger of a real script writes; after half of the steps it fails for gamma 0, and waits for others."""
+    if args.resume:
+        run_dir = pathlib.Path(args.resume)
+        args = Args(**json.loads((run_dir / "config.json").read_text())["args"])
+    else:
+        parent = pathlib.Path(args.data_dir) / args.exp_name
+        names = (f"{args.exp_name}_s{args.seed}" + (f"_{k}" if k else "") for k in itertools.count())
+        run_dir = next(parent / name for name in names if not (parent / name).exists())
+        run_dir.mkdir(parents=True)
+        config = asdict(args) | dict(script="fake.py", ranks=1, args=asdict(args))
+        (run_dir / "config.json").write_text(json.dumps(config))
+        (run_dir / "progress.txt").write_text("Epoch\\tAverageEpRet\\tTotalEnvInteracts\\n")
+    (run_dir / "start").write_text(str(time.time()))
+    with open(run_dir / "progress.txt", "a") as progress:
+        progress.write(f"0\\t1.25\\t{args.total_steps // 2}\\n")
+        progress.flush()
+        if args.gamma == 0:
+            raise ValueError("gamma is 0")
+        while len(list(run_dir.parent.glob("*/start"))) < args.wait_for or pathlib.Path(f"hold{args.seed}").exists():
+            time.sleep(0.02)
+        time.sleep(args.seconds)
+        progress.write(f"1\\t2.5\\t{args.total_steps}\\n")
+    (run_dir / "end").write_text(str(time.time()))
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))
+'''
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A script `fake.py` in the current directory, which is empty otherwise."""
+    monkeypatch.chdir(tmp_path)
+    module.load.cache_clear()
+    (tmp_path / "fake.py").write_text(FAKE)
+    return tmp_path
+
+
+def names(command):
+    """Of a sweep's runs, as <name>_s<seed>."""
+    return [str(run) for run in plan(*parse(shlex.split(command)))]
+
+
+def written(path):
+    """What is there besides the script."""
+    return sorted(p.name for p in path.iterdir() if p.name not in ("fake.py", "__pycache__"))
+
+
+@pytest.mark.parametrize(
+    "command, expected",
+    [
+        ("fake.py", "fake_Fake-v0_s0"),
+        ("fake.py --seed 3 --gamma 0.5 --hidden-sizes 32 32", "fake_Fake-v0_s3"),
+        ("fake.py --env-id A-v4 B-v4 --seed 0 1", "fake_A-v4_s0 fake_A-v4_s1 fake_B-v4_s0 fake_B-v4_s1"),
+        ("fake.py --gamma 0.9 0.99", "fake_Fake-v0_gam0-9_s0 fake_Fake-v0_gam0-99_s0"),
+        ("fake.py --gamma[g] 0.9 1e-3", "fake_Fake-v0_g0-9_s0 fake_Fake-v0_g1e-3_s0"),
+        ("fake.py --env_id=ns/A-v0", "fake_ns-A-v0_s0"),
+        ("fake.py --norm-obs True False", "fake_Fake-v0_norTrue_s0 fake_Fake-v0_norFalse_s0"),
+        ("fake.py --hidden-sizes '64 64' 32", "fake_Fake-v0_hid64-64_s0 fake_Fake-v0_hid32_s0"),
+        ("fake.py --target-kl 1 2 --target-noise 3 4 --gamma 0 1 --exp-name x", None),
+        ("fake.py --exp-name x --seed 0 1", "x_s0 x_s1"),
+        ("fake.py --exp-name x --env-id A-v0 B-v0 --gamma 0 1", "x_A-v0_gam0_s0 x_A-v0_gam1_s0 x_B-v0_gam0_s0 x_B-v0_gam1_s0"),
+    ],
+)
+def test_names(fake, command, expected):
+    if expected is None:  # two flags begin with the same three letters
+        expected = " ".join(f"x_targetkl{k}_targetnoise{n}_gam{g}_s0" for k in "12" for n in "34" for g in "01")
+    assert names(command) == expected.split()
+
+
+def test_several_scripts(fake):
+    (fake / "my_fake.py").write_text(FAKE)
+    assert names("fake.py my_fake.py --env-id A-v0") == ["fake_A-v0_s0", "my_fake_A-v0_s0"]
+    assert names("fake.py my_fake.py --exp-name x") == ["x_fake_s0", "x_my_fake_s0"]
+
+
+def test_every_combination_once_under_its_own_name(fake):
+    runs = plan(*parse(shlex.split("fake.py --env-id A-v0 B-v0 --seed 0 1 2 --gamma 0 0.5 --hidden-sizes '6 44' '64 4' 644")))
+    combinations = {(run.args.env_id, run.args.seed, run.args.gamma, run.args.hidden_sizes) for run in runs}
+    assert combinations == set(itertools.product(["A-v0", "B-v0"], [0, 1, 2], [0, 0.5], [(6, 44), (64, 4), (644,)]))
+    assert len(runs) == 36 and len({run.name for run in runs}) == 12 and len(set(map(str, runs))) == 36
+
+
+@pytest.mark.parametrize("values", ["--gamma 0.1 1e-1", "--seed 1 1", "--env-id a/b a-b"])
+def test_the_same_run_or_name_twice_is_refused(fake, values):
+    with pytest.raises(RunError, match="the same run, or would both be called"):
+        names(f"fake.py {values}")
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("ppo.py --seed 0 1 --clip-ratio 0.1 -1", r"ppo.py: --clip-ratio -1.0: has to be above 0"),
+        ("ppo.py --env-id CartPole-v1 Walker3d-v4", r"--env-id Walker3d-v4: .*Walker2d-v4"),
+        ("ppo.py td3.py --env-id CartPole-v1", r"td3.py: --env-id CartPole-v1: .*action space"),
+        ("ppo.py --env-id CartPole-v1 --num-envs 8 --mpi 3", r"--num-envs 8: .*ranks, 3; try 6 or 9"),
+        ("ppo.py --env-id CartPole-v1 --exp-name a/b", r"--exp-name 'a/b'"),
+        ("nowhere.py", r"nowhere.py: no such script"),
+        ("ppo.py --workers 0", r"--workers 0: has to be at least 1"),
+        ("", r"name a script"),
+    ],
+)
+def test_refused_before_anything_is_written(tmp_path, monkeypatch, command, message):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(RunError, match=message):
+        main(shlex.split(command) + ["--data-dir", str(tmp_path), "--total-steps", "1"])  # short, should it start after all
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("values, message", [("--clip-ration 0.1", "--clip-ratio FLOAT"), ("--gamma 0.9 high", "'high'")])
+def test_what_the_script_cannot_read_gives_its_own_message(tmp_path, monkeypatch, capfd, values, message):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as end:
+        main(["ppo.py", "--total-steps", "1", *values.split(), "--data-dir", str(tmp_path)])
+    assert end.value.code == 2 and message in capfd.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_print(fake, capsys):
+    assert (
+        main(shlex.split("fake.py --seed 0 1 --hidden-sizes '8 8' 8 --norm-obs False --print --mpi 4 --data-dir 'my data'")) == 0
+    )
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    options = "--seed 1 --hidden-sizes 8 8 --no-norm-obs --exp-name fake_Fake-v0_hid8-8 --data-dir".split()
+    assert len(lines) == 4
+    assert lines[2] == ["mpirun", "-n", "4", sys.executable, "fake.py", *options, "my data", "--torch-threads", "1"]
+    main("fake.py --torch-threads 2 --print".split())
+    assert capsys.readouterr().out.split()[:2] == [sys.executable, "fake.py"] and written(fake) == []
+    assert plan(*parse("fake.py --torch-threads 2".split()))[0].args.torch_threads == 2
+
+
+def test_mpi_runs_are_started_with_mpirun(fake, monkeypatch):
+    """A stand-in for mpirun keeps its arguments."""
+    mpirun = fake / "bin" / "mpirun"
+    mpirun.parent.mkdir()
+    mpirun.write_text('#!/bin/sh\necho mpirun "$@" > started\necho $OMP_NUM_THREADS >> started\n')
+    mpirun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{mpirun.parent}:{os.environ['PATH']}")
+    assert main("fake.py --mpi 2".split()) == 0
+    options = "--exp-name fake_Fake-v0 --data-dir data --torch-threads 1"
+    assert (fake / "started").read_text() == f"mpirun -n 2 {sys.executable} fake.py {options}\n1\n"
+
+
+def test_at_most_so_many_workers(fake):
+    runs = sweep("fake.py", dict(seed=range(5), seconds=0.3, wait_for=2), workers=2)
+    assert [run.returncode for run in runs] == [0] * 5
+    starts, ends = ([float((run.run_dir / which).read_text()) for run in runs] for which in ("start", "end"))
+    at_once = [sum(start <= t < end for start, end in zip(starts, ends, strict=True)) for t in starts]
+    assert max(at_once) == 2
+
+
+def test_a_failure_is_reported_and_stops_nothing(fake, capfd):
+    assert main("fake.py --gamma 0 0.5 --seed 0 1 --workers 1".split()) == 1
+    out = capfd.readouterr().out
+    assert "fake_Fake-v0_gam0-5_s1: return 2.5, 0:00:0" in out and "finished: 2, failed: 2" in out
+    report = re.search(r"^FAILED: (.*)\n  (.*)\n  (.*)$", out, re.M).groups()
+    assert report[0].startswith(f"{sys.executable} fake.py --gamma 0 --seed 0 ")
+    assert report[1] == "ValueError: gamma is 0 (exit status 1)"
+    assert "Traceback" in (fake / report[2]).read_text() and report[2] == "data/fake_Fake-v0_gam0/fake_Fake-v0_gam0_s0.log"
+
+
+def test_a_run_that_never_made_its_directory(fake):
+    """It does not stop the other script, either."""
+    (fake / "broken.py").write_text(FAKE.replace('if __name__ == "__main__":', 'if __name__ == "__main__":\n    1 / 0'))
+    broken, fine = sweep(["broken.py", "fake.py"], {}, workers=1)
+    assert (broken.run_dir, broken.returncode, broken.error()) == (None, 1, "ZeroDivisionError: division by zero (exit status 1)")
+    assert fine.run_dir.name == "fake_Fake-v0_s0" and fine.returncode == 0
+
+
+def test_python_function(fake):
+    grid = {"env_id": "A-v0", "seed": [0, 1], "hidden_sizes[h]": [(8, 8), (16,)], "gamma": [0]}
+    runs = sweep("fake.py", grid, workers=2, data_dir="x")
+    assert [(run.name, run.seed, run.returncode) for run in runs] == [
+        ("fake_A-v0_h8-8", 0, 1),
+        ("fake_A-v0_h16", 0, 1),
+        ("fake_A-v0_h8-8", 1, 1),
+        ("fake_A-v0_h16", 1, 1),
+    ]
+    assert json.loads((runs[1].run_dir / "config.json").read_text())["hidden_sizes"] == [16]
+    assert str(runs[1].run_dir) == "x/fake_A-v0_h16/fake_A-v0_h16_s0"
+
+
+def test_interrupted_then_skip_done(fake):
+    """Seed 0 is through and seed 1 half through when Ctrl-C comes; seed 2 has not begun."""
+    (fake / "hold1").touch()
+    command = f"{sys.executable} -m benchmark.sweep fake.py --seed 0 1 2 --workers 1"
+    env = os.environ | dict(PYTHONPATH=str(ROOT))
+    with subprocess.Popen(command.split(), stdout=subprocess.PIPE, text=True, env=env) as process:
+        deadline = time.monotonic() + 120
+        while not (fake / "data/fake_Fake-v0/fake_Fake-v0_s1/start").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert "python -m benchmark.sweep fake.py --seed 0 1 2 --workers 1 --skip-done" in out
+    parent = fake / "data/fake_Fake-v0"
+    assert (parent / "fake_Fake-v0_s0/end").exists() and not (parent / "fake_Fake-v0_s1/end").exists()
+    assert "KeyboardInterrupt" in (parent / "fake_Fake-v0_s1.log").read_text()
+
+    (fake / "hold1").unlink()
+    runs = sweep("fake.py", dict(seed=[0, 1, 2]), workers=3, skip_done=True)
+    assert [run.run_dir.name for run in runs] == ["fake_Fake-v0_s0", "fake_Fake-v0_s1_1", "fake_Fake-v0_s2"]
+    assert [run.process is None for run in runs] == [True, False, False] and [run.returncode for run in runs] == [0, 0, 0]
+    assert [row["TotalEnvInteracts"] for row in rows(parent / "fake_Fake-v0_s1")] == ["50"]  # left as it was
+    assert all(run.returncode == 0 for run in plan(*parse("fake.py --seed 0 1 2 --skip-done".split())))
+    other = plan(*parse("fake.py --seed 0 1 2 --gamma 0.8 --skip-done".split()))
+    assert all(run.returncode is None for run in other)  # same names, other arguments
+
+
+def test_skip_done_resumes_from_a_checkpoint(fake):
+    run_dir = sweep("fake.py", dict(gamma=[0]))[0].run_dir
+    (run_dir / "checkpoint").mkdir()
+    (again,) = plan(*parse("fake.py --gamma 0 --skip-done".split()))
+    assert again.resumes is None  # nothing in there yet
+    (run_dir / "checkpoint" / "1_rank0.pt").touch()
+    (again,) = plan(*parse("fake.py --gamma 0 --skip-done".split()))
+    assert again.command == [sys.executable, "fake.py", "--resume", str(run_dir)] and again.fraction_before == 0.5
+
+
+def test_time_left_and_progress(fake):
+    """One run is through after 10 s, two have done half in 5 s; half a run each and three whole ones are left for 2 workers."""
+    runs = plan(Args(("fake.py",)), {"seed": list("012345")})
+    for run, (seconds, returncode) in zip(runs, [(10, 0), (5, None), (5, None)], strict=False):
+        run.run_dir, run.process, run.seconds, run.returncode = fake / str(run), object(), seconds, returncode
+        run.run_dir.mkdir()
+        row = "50\t3.5\t\n" if returncode is None else "100\t3.5\t9\n"
+        (run.run_dir / "progress.txt").write_text(f"TotalEnvInteracts\tAverageEpRet\tAverageTestEpRet\n{row}75\t")  # cut off
+    assert module.summary(runs, 2) == "1 finished, 2 running, 3 waiting, 0 failed, 0:00:20 left"
+    assert runs[1].progress() == (0.5, "3.5") and runs[0].progress() == (1, "9.0") and runs[5].progress() == (0, "-")
+
+
+def test_real_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    grid = dict(env_id="CartPole-v1", total_steps=400, steps_per_epoch=200, num_envs=2, minibatch_size=50, clip_ratio=[0.1, 0.3])
+    first, second = sweep("ppo.py", grid, workers=2, data_dir=str(tmp_path))
+    assert (first.name, second.name) == ("ppo_CartPole-v1_cli0-1", "ppo_CartPole-v1_cli0-3") and first.returncode == 0
+    assert json.loads((second.run_dir / "config.json").read_text())["clip_ratio"] == 0.3
+    assert [row["TotalEnvInteracts"] for row in rows(second.run_dir)] == ["200", "400"] and second.progress()[0] == 1
+    again = sweep("ppo.py", grid | dict(total_steps=[400]), data_dir=str(tmp_path), skip_done=True)
+    assert [run.run_dir for run in again] == [first.run_dir, second.run_dir] and again[0].process is None
