@@ -1,0 +1,365 @@
+"""Curves against numbers computed by hand, and what a user may get wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, run
+from matplotlib import image, pyplot
+
+from utils import plot as plotting
+from utils.mpi import RunError
+from utils.plot import Args, Run, average, column, curve, group_runs, load_runs, main, one_per_seed, plot, smoothed
+
+
+def write(path, returns, steps=None, **config):
+    """A run directory; `returns` are its cells of AverageEpRet."""
+    path.mkdir(parents=True)
+    steps = steps or [1000 * (k + 1) for k in range(len(returns))]
+    lines = [f"{k}\t{ret}\t{step}" for k, (ret, step) in enumerate(zip(returns, steps, strict=True))]
+    (path / "progress.txt").write_text("\n".join(["Epoch\tAverageEpRet\tTotalEnvInteracts", *lines]) + "\n")
+    config = dict(exp_name=None, env_id="X-v0", seed=0, script="ppo.py", gamma=0.9, data_dir=str(path)) | config
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def memory(returns, steps=None, name="ppo", run_dir="x_s0", **config):
+    """A Run in memory."""
+    steps = steps or [1000 * (k + 1) for k in range(len(returns))]
+    rows = pd.DataFrame(dict(AverageEpRet=returns, TotalEnvInteracts=steps), dtype=float)
+    return Run(Path(run_dir), dict(env_id="X-v0", seed=0) | config, rows, name)
+
+
+def data(ax):
+    """The lines of a panel: [(x, y)]."""
+    return [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in ax.lines]
+
+
+def legend(fig):
+    return [text.get_text() for text in fig.legends[0].get_texts()]
+
+
+def cli(*options, **env):
+    return run(sys.executable, "-m", "utils.plot", *options, **env)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 7])
+def test_smoothing_is_the_reference_convolution(window):
+    y = np.random.default_rng(0).normal(size=9)
+    convolve = lambda a: np.convolve(a, np.ones(window), "same")  # noqa: E731
+    np.testing.assert_allclose(smoothed(y, window), convolve(y) / convolve(np.ones(9)), atol=1e-12)
+
+
+def test_smoothing_skips_blanks_and_stays_within_the_rows():
+    nan = np.nan
+    np.testing.assert_array_equal(smoothed(np.array([1, nan, 3, nan, nan]), 3), [1, 2, 3, 3, nan])
+    np.testing.assert_array_equal(smoothed(np.array([1.0, 2, 6]), 11), [3, 3, 3])
+    np.testing.assert_array_equal(smoothed(np.array([1e20, 0, 0, 5, 7, 0]), 2)[3:], [2.5, 6, 3.5])  # no running sum's debris
+
+
+def test_average_of_equal_rows():
+    x = np.array([1.0, 2])
+    grid, line, low, high = average([(x, np.array([1.0, 2])), (x, np.array([3.0, 10]))])
+    assert (grid.tolist(), line.tolist(), low.tolist(), high.tolist()) == ([1, 2], [2, 6], [1, 2], [3, 10])
+
+
+def test_average_of_ragged_rows_interpolates_and_is_cut_at_the_shortest():
+    a = np.array([0.0, 10, 20]), np.array([0.0, 10, 20])
+    b = np.array([5.0, 15, 40]), np.array([5.0, 25, 100])  # 5 at 5, 15 at 10, 25 at 15, 40 at 20
+    x, line, low, high = average([a, b])
+    assert x.tolist() == [5, 10, 15, 20]
+    assert line.tolist() == [5, 12.5, 20, 30]
+    assert (high - line).tolist() == (line - low).tolist() == [0, 2.5, 5, 10]
+
+
+@pytest.mark.parametrize("est, line", [("mean", 4), ("median", 2), ("max", 10), ("min", 0)])
+def test_estimators(est, line):
+    assert average([(np.array([1.0]), np.array([y])) for y in (0.0, 2, 10)], est)[1].tolist() == [line]
+
+
+def test_bootstrapped_interval():
+    y = np.random.default_rng(1).normal(size=(40, 1)) * 3 + 7
+    curves = [(np.array([1.0]), row) for row in y]
+    _, line, low, high = average(curves, band="ci")
+    error = 1.96 * y.std() / 40**0.5  # of the mean, by the central limit theorem
+    assert line == pytest.approx(y.mean())
+    assert (low[0], high[0]) == pytest.approx((y.mean() - error, y.mean() + error), abs=0.15 * error)
+    assert average(curves, band="ci")[2] == low  # the same figure every time
+
+
+def test_performance_and_blank_cells():
+    train = memory([1.0, np.nan, 3])
+    assert column(train, "Performance") == "AverageEpRet"
+    assert [a.tolist() for a in curve(train, "TotalEnvInteracts", "Performance")] == [[1000, 3000], [1, 3]]
+    train.rows["AverageTestEpRet"] = np.nan  # --num-test-episodes 0
+    assert column(train, "Performance") == "AverageEpRet"
+    train.rows["AverageTestEpRet"] = [np.nan, 7, np.nan]
+    assert column(train, "Performance") == "AverageTestEpRet"
+    assert column(train, "AverageEpRet") == "AverageEpRet"
+    assert curve(train, "TotalEnvInteracts", "Performance")[1].tolist() == [7]
+
+
+def test_groups():
+    aside = dict(seed=1, exp_name="e", data_dir="d", device="cuda", wandb_group="g", command="c", versions={}, git_commit="f")
+    runs = [memory([1], gamma=0.9), memory([2], gamma=0.9, **aside), memory([3], gamma=0.9, env_id="Y-v0")]
+    runs += [memory([4], gamma=0.9, name="trpo")]
+    assert group_runs(runs) == {("X-v0", "ppo"): runs[:2], ("Y-v0", "ppo"): runs[2:3], ("X-v0", "trpo"): runs[3:]}
+    runs.append(memory([5], gamma=0.5))  # one name for two experiments: the labels say what differs
+    labels = [("X-v0", "ppo, gamma=0.9"), ("Y-v0", "ppo, gamma=0.9"), ("X-v0", "trpo"), ("X-v0", "ppo, gamma=0.5")]
+    assert list(group_runs(runs)) == labels
+    same = [memory([1], total_steps=1000), memory([2], total_steps=1e3, seed=1), memory([3], total_steps=1000, new=None)]
+    assert group_runs(same) == {("X-v0", "ppo"): same}
+
+
+def test_of_a_repeated_seed_the_longer_run_counts(capsys):
+    runs = [memory([1], run_dir="x_s0"), memory([1, 2], run_dir="x_s0_1"), memory([1], seed=1, run_dir="x_s1")]
+    assert one_per_seed(runs) == [runs[1], runs[2]]
+    assert capsys.readouterr().err == "left out, x_s0_1 has the same seed and no fewer rows: x_s0\n"
+
+
+def test_names_prefixes_select_exclude_legend(tmp_path):
+    for algo in ("ppo", "trpo"):
+        for env in ("Hopper-v4", "Walker2d-v4"):
+            for seed in (0, 1):
+                write(tmp_path / f"{algo}_{env}" / f"{algo}_{env}_s{seed}", [1, 2], env_id=env, seed=seed)
+    (tmp_path / "ppo_notes.txt").write_text("no directory")
+    names = lambda *args, **options: [f"{r.name} {r.dir.name}" for r in load_runs(*args, **options)]  # noqa: E731
+    hopper = ["ppo ppo_Hopper-v4_s0", "ppo ppo_Hopper-v4_s1"]
+    walker = ["ppo ppo_Walker2d-v4_s0", "ppo ppo_Walker2d-v4_s1"]
+    assert names([tmp_path / "ppo"]) == hopper + walker
+    assert names([str(tmp_path / "ppo_H"), tmp_path / "ppo"]) == hopper + walker  # none twice
+    assert names([tmp_path / "ppo_Hopper-v4/ppo_Hopper-v4_s1"]) == hopper[1:]
+    assert len(names([tmp_path])) == 8
+    assert names([tmp_path], select=["ppo_", "Hopper"]) == hopper
+    assert names([tmp_path], exclude=["trpo", "Hopper"]) == walker
+    assert names([tmp_path / "ppo"], legend=["A", "B"])[1:3] == ["A ppo_Hopper-v4_s1", "B ppo_Walker2d-v4_s0"]
+    assert names([tmp_path / "ppo"], select=["Walker"], legend=["B"])[0] == "B ppo_Walker2d-v4_s0"
+    with pytest.raises(RunError, match="--legend: 1 names for 2 directories: .*ppo_Hopper-v4, .*ppo_Walker2d-v4"):
+        load_runs([tmp_path / "ppo"], legend=["A"])
+    write(tmp_path / "big/big_s0_1", [1], exp_name="ppo_big", env_id="Hopper-v4")
+    assert names([tmp_path / "big"]) == ["ppo_big big_s0_1"]
+
+
+def test_kept_curves(tmp_path):
+    (tmp_path / "ppo_X-v0_s0.csv").write_text("steps,ret,steps_per_sec\n2000,,10\n4000,5.5,20\n")
+    (tmp_path / "ppo_X-v0_s0.json").write_text(json.dumps(dict(env_id="X-v0", seed=0)))
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    (kept,) = load_runs([tmp_path])
+    assert (kept.name, kept.env_id, list(kept.rows.columns)) == (
+        "ppo",
+        "X-v0",
+        ["TotalEnvInteracts", "AverageEpRet", "StepsPerSec"],
+    )
+    assert [a.tolist() for a in curve(kept, "TotalEnvInteracts", "Performance")] == [[4000], [5.5]]
+    assert len(load_runs([tmp_path / "ppo"])) == 1
+
+
+HEADER = "Epoch\tAverageEpRet\tTotalEnvInteracts\n"
+BROKEN = {
+    "empty": ("progress.txt", "", "has no rows"),
+    "header": ("progress.txt", HEADER, "has no rows"),
+    "half_header": ("progress.txt", "Epoch\tAver", "has no rows"),
+    "text": ("progress.txt", HEADER + "0\tabc\t1000\n1\t2\t2000\n", "'abc'"),
+    "header_again": ("progress.txt", HEADER + "0\t1\t1000\n" + HEADER + "0\t1\t1000\n", "'Epoch'"),
+    "two_columns": ("progress.txt", "Epoch\tEpoch\n0\t1\n", "two columns Epoch"),
+    "short_row": ("progress.txt", HEADER + "0\t1\n1\t2\t2000\n", "line 2 of progress.txt has 2 cells under 3 columns"),
+    "long_row": ("progress.txt", HEADER + "0\t1\t1000\t7\n1\t2\t2000\n", "line 2 of progress.txt has 4 cells"),
+    "bytes": ("progress.txt", b"\xff\xfe\x00\n\x00\n", "could not convert"),
+    "no_config": ("config.json", None, "No such file"),
+    "half_config": ("config.json", '{"env_id": "X-v', "Unterminated string"),
+    "list_config": ("config.json", "[1]", "no JSON object"),
+    "bytes_config": ("config.json", b"\xff\xfe", "decode"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_run_is_left_out_with_a_line(kind, tmp_path, capsys):
+    name, content, message = BROKEN[kind]
+    good, bad = write(tmp_path / "good_s0", [1, 2]), write(tmp_path / "bad_s0", [1, 2])
+    (bad / name).unlink()
+    if content is not None:
+        (bad / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert [r.dir for r in load_runs([tmp_path])] == [good]
+    error = capsys.readouterr().err
+    assert error.startswith("left out, ") and message in error and error.endswith(f": {bad}\n") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("tail", ["2\t30", "2\t30\t30", "2\t3\n", "\0\0\0"])
+def test_a_half_written_last_line_is_left_out(tail, tmp_path, capsys):
+    file = write(tmp_path / "x_s0", [1, 2]) / "progress.txt"
+    file.write_text(file.read_text() + tail)
+    (loaded,) = load_runs([tmp_path])
+    assert loaded.rows["AverageEpRet"].tolist() == [1, 2]
+    assert capsys.readouterr().err == f"left out, the incomplete last line of {file}\n"
+
+
+def test_figure_of_seeds_environments_and_values(capsys):
+    runs = [memory([0, 2, 4], seed=0), memory([2, 6, 8, 9], seed=1, run_dir="x_s1"), memory([1, 1], env_id="Y-v0", seed=0)]
+    runs.append(memory([5, 7], env_id="Y-v0", name="trpo"))
+    for r in runs:
+        r.rows["KL"] = np.nan if r.name == "trpo" else 0.5
+    fig = plot(runs, value=("Performance", "KL"), smooth=2)
+    assert [ax.get_title() for ax in fig.axes] == ["X-v0", "Y-v0", "", ""]
+    assert [ax.get_ylabel() for ax in fig.axes] == ["Average return", "", "KL", ""]
+    assert [ax.get_xlabel() for ax in fig.axes] == ["", "", "Environment steps", "Environment steps"]
+    assert data(fig.axes[0]) == [([1000, 2000, 3000], [1, 2.5, 5])]  # means of 0 1 3 and 2 4 7
+    assert data(fig.axes[1]) == [([1000, 2000], [1, 1]), ([1000, 2000], [5, 6])]
+    assert [len(ax.lines) for ax in fig.axes] == [1, 2, 1, 1]
+    assert [len(ax.collections) for ax in fig.axes] == [1, 0, 1, 0]  # a band where there are seeds
+    band = fig.axes[0].collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (0, 7)
+    assert fig.axes[1].lines[0].get_color() == fig.axes[0].lines[0].get_color() != fig.axes[1].lines[1].get_color()
+    assert legend(fig) == ["ppo", "trpo"]
+    assert fig.legends[0].get_title().get_text().replace("\n", " ") == (
+        "Mean over 1 to 2 seeds, band: standard deviation; smoothed over 2 epochs"
+    )
+    error = capsys.readouterr().err
+    assert "curve cut at TotalEnvInteracts 3,000 of 4,000, where this run ends: x_s0\n" in error
+    assert error.count("curve cut") == 1 and "left out, it has no numbers in KL: x_s0" in error
+
+
+def test_count_draws_each_run():
+    runs = [memory([0, 2], seed=0), memory([2, 6, 8], seed=1, run_dir="x_s1"), memory([1], seed=0, run_dir="x_s0_1")]
+    fig = plot(runs, count=True)
+    assert data(fig.axes[0]) == [([1000, 2000], [0, 2]), ([1000, 2000, 3000], [2, 6, 8]), ([1000], [1])]
+    assert legend(fig) == ["ppo s0", "ppo s1", "ppo s0_1"]
+    assert len({line.get_color() for line in fig.axes[0].lines}) == 3 and not fig.axes[0].collections
+    both = plot([*runs, memory([1, 2], name="trpo")], count=True)
+    assert len({(line.get_color(), str(line._dash_pattern)) for line in both.axes[0].lines}) == 4
+    assert len({line.get_color() for line in both.axes[0].lines}) == 2  # an experiment keeps its colour
+
+
+def test_nothing_overlaps_and_curves_are_free_of_the_legend():
+    runs = [memory([1, 2], name=f"algorithm {k} {'x' * 4 * k}", env_id=f"Env{j}-v0") for k in range(9) for j in range(5)]
+    fig = plot(runs, value=("AverageEpRet",), smooth=3)
+    fig.draw_without_rendering()
+    boxes = [ax.get_tightbbox() for ax in fig.axes if ax.axison] + [fig.legends[0].get_window_extent()]
+    assert len(boxes) == 6
+    assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
+    assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= fig.bbox.width and box.y1 <= fig.bbox.height for box in boxes)
+    ends = [[label.get_text() for label in ax.get_xticklabels()] for ax in fig.axes if ax.axison]
+    assert ends[0][0] == "0"
+
+
+@pytest.mark.parametrize(
+    "end, labels", [(1e6, ["0", "0.2M", "0.4M", "0.6M", "0.8M", "1M"]), (2e5, ["0", "50k", "100k", "150k", "200k"])]
+)
+def test_ticks_of_steps(end, labels):
+    fig = plot([memory([1, 2], steps=[0, end])])
+    fig.draw_without_rendering()
+    assert [label.get_text() for label in fig.axes[0].get_xticklabels()] == labels
+
+
+def test_the_line_without_a_curve():
+    with pytest.raises(RunError, match="--value Foo: no run has this column; there are AverageEpRet, TotalEnvInteracts"):
+        plot([memory([1])], value=["Foo"])
+    with pytest.raises(RunError, match="--xaxis Foo: no run has this column"):
+        plot([memory([1])], xaxis="Foo")
+    with pytest.raises(RunError, match="--smooth 0: has to be at least 1"):
+        plot([memory([1])], smooth=0)
+    with pytest.raises(RunError, match="--value: name a column"):
+        plot([memory([1])], value=[])
+    with pytest.raises(RunError, match="nothing to draw"):
+        plot([memory([np.nan])])
+
+
+def test_runs_that_do_not_fit_are_left_out(capsys):
+    plot([memory([1, 2, 3], steps=[1, 3, 2]), memory([1], name="good")])
+    assert capsys.readouterr().err == "left out, its TotalEnvInteracts does not increase from row to row: x_s0\n"
+    apart = [memory([1, 2], steps=[1, 2]), memory([1, 2], steps=[3, 4], seed=1, run_dir="x_s1"), memory([1], name="good")]
+    assert legend(plot(apart)) == ["good"]
+    assert capsys.readouterr().err == "left out with its other seeds, some begin after its end: x_s0\n"
+
+
+@pytest.fixture(scope="module")
+def two_seeds(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    for seed in (0, 1):
+        write(root / f"ppo_X-v0/ppo_X-v0_s{seed}", list(np.arange(20) ** (1 + seed / 2)), seed=seed)
+    return root
+
+
+@pytest.mark.parametrize("suffix, magic", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF")])
+def test_files(suffix, magic, two_seeds, tmp_path):
+    out, before = tmp_path / f"curves.{suffix}", dict(matplotlib.rcParams)
+    main(Args((two_seeds,), out=out, legend=("λ_1 $",)))
+    assert out.read_bytes().startswith(magic) and out.stat().st_size > 5000
+    if suffix == "png":
+        pixels = image.imread(out)[..., :3]
+        assert pixels.shape[1] == 3.5 * 300
+        blue = np.abs(pixels - plotting.COLORS[0]).max(-1) < 0.02
+        assert 1000 < blue.sum() < 0.1 * blue.size
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_command_line(two_seeds, tmp_path):
+    out = tmp_path / "a.svg"
+    done = cli(
+        two_seeds / "ppo",
+        "-y",
+        "Performance",
+        "-x",
+        "Epoch",
+        "-s",
+        3,
+        "-l",
+        "PPO",
+        "--select",
+        "X-v0",
+        "--exclude",
+        "--count",
+        "--out",
+        out,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and out.stat().st_size > 5000
+
+
+@pytest.mark.parametrize("backend", ["agg", "module://no_such_backend"])  # no windows; cannot be loaded
+def test_without_a_display(backend, two_seeds, monkeypatch):
+    monkeypatch.setitem(matplotlib.rcParams, "backend", backend)
+    with pytest.raises(RunError, match="there is no display to open a window on; .* --out"):
+        main(Args((two_seeds,)))
+
+
+def test_window(two_seeds, monkeypatch):
+    shown = []
+    monkeypatch.setattr(pyplot, "get_backend", lambda: "tkagg")
+    monkeypatch.setattr(pyplot, "switch_backend", lambda name: None)
+    monkeypatch.setattr(pyplot, "show", lambda: shown.extend(len(pyplot.figure(k).axes) for k in pyplot.get_fignums()))
+    main(Args((two_seeds,)))
+    pyplot.close("all")
+    assert shown == [1]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(out="a.jpg"), r"--out a.jpg: has to end in .png, .svg or .pdf"),
+        (dict(out="no/such/a.png"), r"--out no/such/a.png: cannot be written: No such file or directory"),
+        (dict(out="a.png", select=("Y-v0",)), r"no runs .* below .*data.*, with these --select and --exclude"),
+        (dict(out="a.png", logdirs=(Path("no/such"),)), r"no/such: there is no such directory, and none that begins so"),
+    ],
+)
+def test_errors(options, message, two_seeds, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").mkdir()
+    options = dict(logdirs=(two_seeds,)) | options | dict(out=Path(options["out"]))
+    with pytest.raises(RunError, match=message):
+        main(Args(**options))
+
+
+def test_a_directory_in_the_way_of_the_figure(two_seeds, tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(RunError, match="cannot be written: Is a directory"):
+        main(Args((two_seeds,), out=tmp_path / "a.png"))
+
+
+def test_import_leaves_matplotlib_as_it_was():
+    code = "import sys, matplotlib as m; before = list(dict.items(m.rcParams)); import utils.plot"
+    code += "; assert 'matplotlib.pyplot' not in sys.modules and list(dict.items(m.rcParams)) == before"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
