@@ -1,10 +1,11 @@
-"""Score runs: the best point of the training return, smoothed over a window of epochs and averaged over seeds.
+"""Score runs: the best point of the return, averaged over seeds.
 
     python -m benchmark.score data                                  # all runs below data/
     python -m benchmark.score data --save benchmark/results         # and keep their curves as small CSV files
     python -m benchmark.score benchmark/results                     # score what was kept
 
-A point of a run's curve is the mean of `AverageEpRet` over the last `--window` epochs (those in which an episode ended).
+A point of a run's curve is the return of its test episodes (ddpg, td3, sac), and where there are none the mean of
+`AverageEpRet`, the return in training, over the last `--window` epochs (those in which an episode ended).
 `best` is the mean over the seeds of each seed's best point; `best of mean` the best point of the seed-averaged curve,
 which is never higher. Runs that differ in more than their seed are different experiments, each in a line of its own.
 """
@@ -19,13 +20,13 @@ import tyro
 from tyro.conf import Positional
 
 ASIDE = "seed exp_name data_dir save_freq device torch_threads track wandb_project wandb_entity wandb_group".split()
-ASIDE += "command versions git_commit".split()  # what may differ between the seeds of an experiment
+ASIDE += "command versions git_commit keep_checkpoints resume wandb_video wandb_id".split()  # what may differ between the seeds of an experiment
 
 
 @dataclass
 class Args:
     paths: Positional[tuple[pathlib.Path, ...]]  # directories that hold runs, or kept curves
-    window: int = 10  # epochs in a point of the curve
+    window: int = 10  # epochs in a point of the training return
     save: pathlib.Path | None = None  # directory for <run>.csv (steps, ret, steps_per_sec) and <run>.json (its configuration)
 
 
@@ -35,9 +36,11 @@ def load(path):
     for file in sorted(path.rglob("progress.txt")):
         if file.stat().st_size == 0:
             continue
-        rows = pd.read_csv(file, sep="\t")[["TotalEnvInteracts", "AverageEpRet", "StepsPerSec"]].round(1)
+        config = json.loads((file.parent / "config.json").read_text())
+        ret = "AverageTestEpRet" if config.get("num_test_episodes") else "AverageEpRet"
+        rows = pd.read_csv(file, sep="\t")[["TotalEnvInteracts", ret, "StepsPerSec"]].round(1)
         rows.columns = ["steps", "ret", "steps_per_sec"]
-        runs.append((file.parent.name, json.loads((file.parent / "config.json").read_text()), rows))
+        runs.append((file.parent.name, config, rows))
     for file in sorted(path.rglob("*_s*.csv")):
         runs.append((file.stem, json.loads(file.with_suffix(".json").read_text()), pd.read_csv(file)))
     return runs
@@ -58,15 +61,16 @@ def main(args):
         if args.save:
             args.save.mkdir(parents=True, exist_ok=True)
             rows.to_csv(args.save / f"{name}.csv", index=False)
-            kept = {k: v for k, v in config.items() if k not in ("command", "data_dir", "exp_name")}
+            kept = {k: v for k, v in config.items() if k not in ("command", "data_dir", "exp_name", "resume")}
             (args.save / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
     print(
         f"{'script':9}{'environment':16}{'seeds':>6}{'best':>8}{'best of mean':>14}{'final':>8}{'steps/s':>9}   best of each seed"
     )
     for key, seeds in sorted(experiments.items(), key=lambda item: (json.loads(item[0])["env_id"], item[0])):
         config = json.loads(key)
-        smooth = pd.DataFrame({s: rows.set_index("steps")["ret"].rolling(args.window, 1).mean() for s, rows in seeds.items()})
-        smooth = smooth.iloc[min(args.window, len(smooth)) - 1 :]
+        window = 1 if config.get("num_test_episodes") else args.window
+        smooth = pd.DataFrame({s: rows.set_index("steps")["ret"].rolling(window, 1).mean() for s, rows in seeds.items()})
+        smooth = smooth.iloc[min(window, len(smooth)) - 1 :]
         mean, each = smooth.mean(axis=1, skipna=False), smooth.max()
         speed = pd.concat([rows["steps_per_sec"] for rows in seeds.values()]).median()
         print(

@@ -31,3 +31,14 @@ def test_seeds_are_averaged_and_other_experiments_kept_apart(tmp_path):
     ]
     assert "z_s0" in errors
     assert score(tmp_path / "kept")[0] == table
+
+
+def test_test_returns_count_where_there_are_some(tmp_path):
+    """The best single test, not a window of epochs, and not the return in training."""
+    write(tmp_path / "x_s0", [0, 0, 0, 0], seed=0, num_test_episodes=10)
+    rows = (tmp_path / "x_s0/progress.txt").read_text().splitlines()
+    tests = ["AverageTestEpRet", "3", "50", "7", "9"]
+    (tmp_path / "x_s0/progress.txt").write_text("".join(f"{a}\t{b}\n" for a, b in zip(rows, tests, strict=True)))
+    table, _ = score(tmp_path, "--save", tmp_path / "kept")
+    assert table == [["ppo.py", "X-v0", "1", "50", "50", "9", "10", "0:", "50"]]
+    assert score(tmp_path / "kept")[0] == table
