@@ -1,13 +1,19 @@
-"""Training speed next to what the environment alone could do, measured in turn on an otherwise idle machine.
+"""Training speed, next to peers at the same settings and to what the machine could do. Needs an otherwise idle machine.
 
-    python -m benchmark.throughput                                            # ppo.py on HalfCheetah-v4
-    python -m benchmark.throughput --scripts vpg.py trpo.py ppo.py --torch-threads 1 2
+    python -m benchmark.throughput                                           # all six files and the peers that are installed
+    python -m benchmark.throughput --scripts ppo.py --torch-threads 1 2      # with one and with two threads
 
-Every repeat times bare `env.step` with random actions (resets included), then each script at its defaults, one after the
-other; the table holds the medians over the repeats. A script's speed is `TotalEnvInteracts / Time` of its last row:
-acting, stepping, updating, logging and saving, without Python's imports.
+Every repeat measures everything once, one after the other, each training in a process of its own; the table holds the
+medians over the repeats. A speed is that of whole training: acting, stepping, storing, updating, logging and saving, from
+the end of the first epoch (of the first block of steps, for peers) on, so without imports and first allocations.
+
+`peers' settings` are stable-baselines3's own defaults (networks, batch, updates per step), in whose place the script's
+defaults stand below. The floor of an update is the time that its matrix products alone take at the machine's float32 rate,
+measured on products of the update's own shapes.
 """
 
+import importlib.metadata
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -18,22 +24,47 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pandas as pd
+import torch
 import tyro
 
 from utils.logger import silence_environments
 
+PEERS = {"trpo.py": ("sb3_contrib", "TRPO"), "ppo.py": ("stable_baselines3", "PPO")}
+PEERS |= {f"{name.lower()}.py": ("stable_baselines3", name) for name in ("DDPG", "TD3", "SAC")}
+OFF_POLICY = ("ddpg.py", "td3.py", "sac.py")
+PEERS_SETTINGS = {  # of ours, so that both do the same work
+    "trpo.py": "--num-envs 1 --steps-per-epoch 2048 --minibatch-size 128 --train-v-iters 10 --cg-iters 15",
+    "ppo.py": "--num-envs 1 --steps-per-epoch 2048 --minibatch-size 64 --train-iters 10",
+} | dict.fromkeys(OFF_POLICY, "--num-envs 1 --batch-size 256 --hidden-sizes 256 256")
+PEER_OPTIONS = dict.fromkeys(
+    OFF_POLICY, "policy_kwargs=dict(net_arch=[256, 256]), batch_size=256, train_freq=1, gradient_steps=1"
+)
+PEER_PROGRAM = """
+import sys, time, torch, gymnasium
+from {package} import {name}
+torch.set_num_threads({threads})
+gymnasium.logger.min_level = gymnasium.logger.ERROR
+model = {name}("MlpPolicy", {env_id!r}, device="cpu", seed=0, {options})
+model.learn({warm_up})
+start = time.perf_counter()
+model.learn({steps}, reset_num_timesteps=False)
+print("steps/s", {steps} / (time.perf_counter() - start))
+"""
+
 
 @dataclass
 class Args:
-    scripts: tuple[str, ...] = ("ppo.py",)  # algorithm files
+    scripts: tuple[str, ...] = ("vpg.py", "trpo.py", "ppo.py", *OFF_POLICY)  # algorithm files
     env_id: str = "HalfCheetah-v4"  # environment of all measurements
-    steps: int = 100_000  # environment steps of a script's run
-    torch_threads: tuple[int, ...] = (1,)  # threads of torch in the script's process
+    on_policy_steps: int = 20_000  # environment steps of a run of vpg, trpo, ppo
+    off_policy_steps: int = 3000  # environment steps of a run of ddpg, td3, sac
+    torch_threads: tuple[int, ...] = (1,)  # threads of torch in the process that trains
     repeats: int = 3  # times that everything is measured
+    peers: bool = True  # measure the peers too
 
 
 def bare_steps_per_sec(env_id, steps=10_000):
-    """Speed of `env.step` alone, in this process."""
+    """Speed of `env.step` alone with random actions, resets included, in this process."""
     env = gym.make(env_id, disable_env_checker=True)
     env.action_space.seed(0)
     actions = [env.action_space.sample() for _ in range(steps)]
@@ -46,29 +77,107 @@ def bare_steps_per_sec(env_id, steps=10_000):
     return steps / (time.perf_counter() - start)
 
 
-def script_steps_per_sec(script, env_id, steps, threads):
-    """Speed of a whole training run of `script` in a process of its own."""
+def matrix_rate(batch, width=256, repeats=500):
+    """float32 operations per second of the products of a hidden layer: forward, and backward by input and by weight."""
+    x, w, y = torch.randn(batch, width), torch.randn(width, width), torch.randn(batch, width)
+    products = (lambda: x @ w.T, lambda: y @ w, lambda: y.T @ x)
+    best = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            for product in products:
+                product()
+        best.append(time.perf_counter() - start)
+    return 2 * batch * width * width * len(products) * repeats / min(best)
+
+
+def update_operations(script, obs_dim, act_dim, batch, hidden=(256, 256), policy_delay=2):
+    """float32 operations of the matrix products in an update of ddpg.py, td3.py (on average) or sac.py."""
+
+    def layers(n_in, n_out):
+        sizes = (n_in, *hidden, n_out)
+        return [2 * batch * a * b for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
+
+    pi = layers(obs_dim, act_dim * (2 if script == "sac.py" else 1))
+    q = layers(obs_dim + act_dim, 1)
+    learn = lambda net: 3 * sum(net) - net[0]  # forward, by weight, and by input but for the first layer  # noqa: E731
+    through = 2 * sum(q)  # forward, and by input
+    critics = 1 if script == "ddpg.py" else 2
+    critic_step = sum(pi) + critics * (sum(q) + learn(q))  # the target's policy and critics, and the step
+    actor_step = learn(pi) + (2 if script == "sac.py" else 1) * through
+    return critic_step + actor_step / (policy_delay if script == "td3.py" else 1)
+
+
+def script_steps_per_sec(script, env_id, steps, threads, options):
+    """Speed of `script` in a process of its own, from the end of its first epoch on."""
     with tempfile.TemporaryDirectory() as folder:
-        options = f"--env-id {env_id} --total-steps {steps} --torch-threads {threads} --exp-name x --data-dir {folder}"
-        subprocess.run([sys.executable, script, *options.split()], check=True, stdout=subprocess.DEVNULL)
-        last = pd.read_csv(Path(folder) / "x/x_s0/progress.txt", sep="\t").iloc[-1]
-    return last["TotalEnvInteracts"] / last["Time"]
+        fixed = f"--env-id {env_id} --total-steps {steps} --torch-threads {threads} --exp-name x --data-dir {folder}"
+        if script in OFF_POLICY:  # all steps but the first with updates, as in the peers' runs
+            fixed += " --steps-per-epoch 500 --start-steps 0 --update-after 256 --num-test-episodes 0"
+        subprocess.run([sys.executable, script, *fixed.split(), *options.split()], check=True, stdout=subprocess.DEVNULL)
+        rows = pd.read_csv(Path(folder) / "x/x_s0/progress.txt", sep="\t")
+    first, last = rows.iloc[0], rows.iloc[-1]
+    return (last["TotalEnvInteracts"] - first["TotalEnvInteracts"]) / (last["Time"] - first["Time"])
+
+
+def peer_steps_per_sec(script, env_id, steps, threads):
+    """Speed of the peer of `script` in a process of its own, after a warm-up."""
+    package, name = PEERS[script]
+    program = PEER_PROGRAM.format(
+        package=package,
+        name=name,
+        env_id=env_id,
+        threads=threads,
+        steps=steps - 500,
+        warm_up=500 if script in OFF_POLICY else 2048,
+        options=PEER_OPTIONS.get(script, ""),
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
 
 
 def main(args):
     silence_environments()
-    speeds = {}
+    torch.set_num_threads(1)
+    missing = {package for package, _ in PEERS.values() if args.peers and not importlib.util.find_spec(package)}
+    for package in sorted(missing):
+        print(f"left out, not installed: {package}; pip install {package.replace('_', '-')}", file=sys.stderr)
+    speeds, rates = {}, []
+
+    def measure(key, speed):
+        speeds.setdefault(key, []).append(speed)
+        print(f"{' '.join(map(str, key))}: {speed:,.0f}", file=sys.stderr, flush=True)
+
     for _ in range(args.repeats):
-        speeds.setdefault("bare env.step", []).append(bare_steps_per_sec(args.env_id))
+        measure(("bare env.step", "", 1), bare_steps_per_sec(args.env_id))
+        rates.append(matrix_rate(256))
         for script in args.scripts:
+            steps = args.off_policy_steps if script in OFF_POLICY else args.on_policy_steps
             for threads in args.torch_threads:
-                speed = script_steps_per_sec(script, args.env_id, args.steps, threads)
-                speeds.setdefault(f"{script}, {threads} thread{'s' * (threads > 1)}", []).append(speed)
-    bare = np.median(speeds["bare env.step"])
-    print(f"{args.env_id}, {args.steps:,} steps, medians of {args.repeats}\n{'':24}{'steps/s':>10}{'fraction':>10}   each")
-    for name, values in speeds.items():
-        median = np.median(values)
-        print(f"{name:24}{median:10,.0f}{median / bare:10.3f}   {', '.join(f'{v:,.0f}' for v in values)}")
+                common = (script, args.env_id, steps, threads)
+                if args.peers and script in PEERS and PEERS[script][0] not in missing:
+                    measure((script, "peer", threads), peer_steps_per_sec(*common))
+                if script in PEERS_SETTINGS:
+                    measure((script, "peers' settings", threads), script_steps_per_sec(*common, PEERS_SETTINGS[script]))
+                measure((script, "own defaults", threads), script_steps_per_sec(*common, ""))
+
+    median = {key: np.median(values) for key, values in speeds.items()}
+    bare, rate = median["bare env.step", "", 1], np.median(rates)
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "gymnasium", "mujoco"))
+    print(f"{args.env_id}, medians of {args.repeats}, {versions}; bare env.step {bare:,.0f}/s, float32 {rate / 1e9:.0f} GFLOP/s")
+    print(f"{'':9}{'settings':17}{'threads':>8}{'steps/s':>9}{'of bare':>9}{'peer':>8}{'ratio':>7}{'of floor':>10}   each")
+    space = gym.make(args.env_id)
+    dims = space.observation_space.shape[0], space.action_space.shape[0]
+    for (script, settings, threads), speed in median.items():
+        if settings in ("", "peer"):
+            continue
+        peer = median.get((script, "peer", threads)) if settings == "peers' settings" else None
+        against = f"{peer:8,.0f}{speed / peer:7.2f}" if peer else f"{'':15}"
+        floor = ""
+        if script in OFF_POLICY and settings == "peers' settings" and threads == 1:
+            floor = f"{speed * update_operations(script, *dims, 256) / rate:.2f}"
+        each = ", ".join(f"{v:,.0f}" for v in speeds[script, settings, threads])
+        print(f"{script:9}{settings:17}{threads:8}{speed:9,.0f}{speed / bare:9.3f}{against}{floor:>10}   {each}")
 
 
 if __name__ == "__main__":
