@@ -13,11 +13,15 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
+import ddpg  # noqa: E402
 import ppo  # noqa: E402
+import sac  # noqa: E402
+import td3  # noqa: E402
 import trpo  # noqa: E402
 import vpg  # noqa: E402
 
 ON_POLICY = [vpg, trpo, ppo]
+OFF_POLICY = [ddpg, td3, sac]
 
 
 class Count(gym.Env):
@@ -71,6 +75,13 @@ def script(request):
 def small(script, tmp_path, **changes):
     """Arguments of a run of a second."""
     options = dict(env_id="CartPole-v1", total_steps=400, steps_per_epoch=200, num_envs=2, minibatch_size=50)
+    return script.Args(**(options | dict(data_dir=str(tmp_path)) | changes))
+
+
+def small_off_policy(script, tmp_path, **changes):
+    """The same of an off-policy script; its updates begin after 100 steps."""
+    options = dict(env_id="Pendulum-v1", total_steps=240, steps_per_epoch=120, max_ep_len=50, num_test_episodes=1)
+    options |= dict(hidden_sizes=(8, 8), batch_size=16, start_steps=50, update_after=100)
     return script.Args(**(options | dict(data_dir=str(tmp_path)) | changes))
 
 

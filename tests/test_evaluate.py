@@ -1,0 +1,419 @@
+"""Scores, films and refusals of `python -m utils.evaluate`, on runs of a second."""
+
+import hashlib
+import json
+import math
+import pathlib
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+
+import gymnasium as gym
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from conftest import OFF_POLICY, ON_POLICY, ROOT, run, small, small_off_policy
+
+from utils import evaluate
+from utils.evaluate import Camera, Policy, film, load_policy, play
+from utils.mpi import RunError
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The run directory and the trained model of a script, made when first asked for."""
+    made = {}
+
+    def get(script, **changes):
+        key = (script.__name__, *changes.items())
+        if key not in made:
+            path = tmp_path_factory.mktemp(script.__name__)
+            args = small if script in ON_POLICY else small_off_policy
+            made[key] = script.train(args(script, path, exp_name="x", **changes)), path / "x/x_s0"
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def ppo_run(runs, tmp_path):
+    """A copy of a PPO run on CartPole, to do harm to."""
+    return shutil.copytree(runs(ON_POLICY[-1])[1], tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def gl():
+    """Skips where MuJoCo cannot draw: asks Gymnasium itself, in processes of their own."""
+    draw = "import gymnasium as g; e = g.make('InvertedPendulum-v4', render_mode='rgb_array'); e.reset(); e.render(); e.close()"
+    if not any(run(sys.executable, "-c", draw, MUJOCO_GL=name).returncode == 0 for name in ("egl", "osmesa")):
+        pytest.skip("MuJoCo can draw with neither EGL nor OSMesa here: apt install libegl1 libgl1, or libosmesa6")
+
+
+def digest(run_dir):
+    """What would show any change of a file or of its date."""
+    files = (path for path in sorted(run_dir.rglob("*")) if path.is_file())
+    return [(str(path), path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+
+
+def read(path):
+    """The frames (T, height, width, 3) of an mp4 or a gif."""
+    return iio.imread(path, plugin="FFMPEG") if path.suffix == ".mp4" else iio.imread(path, index=None, mode="RGB")
+
+
+def change_config(run_dir, **changes):
+    config = json.loads((run_dir / "config.json").read_text()) | changes
+    config = {name: value for name, value in config.items() if value is not None}
+    (run_dir / "config.json").write_text(json.dumps(config))
+
+
+def refused(*words, run_dir, **options):
+    """Loading is refused in one line that holds the words."""
+    with pytest.raises(RunError) as error:
+        load_policy(run_dir, **options)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY, ids=lambda script: script.__name__)
+def test_loaded_policy_is_the_trained_one(runs, script):
+    """Bit for bit, with its statistics; and running it changes neither them nor a file nor torch's random state."""
+    ac, run_dir = runs(script)
+    before, random_state = digest(run_dir), torch.get_rng_state()
+    env, act = load_policy(run_dir)
+    assert act.deterministic == (script in OFF_POLICY)
+    results = list(play(env, act, episodes=2, max_len=30))
+    assert digest(run_dir) == before and torch.equal(torch.get_rng_state(), random_state)
+    assert [length for _, length in results] == [30, 30] or script in ON_POLICY
+    state, loaded = ac.state_dict(), act.module.state_dict()
+    assert state.keys() == loaded.keys() and all(torch.equal(state[name], loaded[name]) for name in state)
+    for obs in np.random.default_rng(0).normal(size=(20, *env.observation_space.shape)):
+        for deterministic in (True, False):
+            torch.manual_seed(5)
+            expected = ac.act(obs[None], deterministic=deterministic)[0]
+            torch.manual_seed(5)
+            got = act(obs, deterministic=deterministic)
+            assert np.array_equal(got, expected) and got.dtype == expected.dtype and env.action_space.contains(got)
+
+
+def test_returns_and_lengths(runs):
+    """Count-v0's three steps pay 1, 2 and 3."""
+    env, act = load_policy(runs(ON_POLICY[-1], env_id="conftest:Count-v0")[1])
+    assert list(play(env, act, episodes=2)) == [(6.0, 3), (6.0, 3)]
+    assert list(play(env, act, max_len=2)) == [(3.0, 2)]
+
+
+def test_episodes_of_training_have_the_run_s_limit(runs):
+    env, act = load_policy(runs(ON_POLICY[-1], max_ep_len=7)[1])
+    assert {length for _, length in play(env, act, episodes=3)} == {7}
+
+
+def test_seed_makes_the_episodes(runs):
+    env, act = load_policy(runs(ON_POLICY[-1])[1])
+    results = []
+    for seed in (0, 0, 1):
+        torch.rand(1)  # what torch has drawn before is of no account
+        results.append(list(play(env, act, episodes=4, seed=seed)))
+    first, again, other = results
+    assert first == again and first != other and len(set(first)) > 1
+    assert list(play(env, act, episodes=2, seed=0)) == first[:2]
+
+
+def test_deterministic_or_not(runs):
+    """The same observation: one action, or many."""
+    env, act = load_policy(runs(OFF_POLICY[1])[1])
+    obs = np.ones(3)
+    assert len({float(act(obs)[0]) for _ in range(10)}) == 1
+    assert len({float(act(obs, deterministic=False)[0]) for _ in range(10)}) > 1
+
+
+def test_command_line(ppo_run, capsys):
+    before = digest(ppo_run)
+    done = run(sys.executable, "-m", "utils.evaluate", ppo_run, "-n", 3, "--seed", 4, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)  # and nothing else
+    env, act = load_policy(ppo_run)
+    expected = list(play(env, act, episodes=3, seed=4))
+    rets = [ret for ret, _ in expected]
+    assert result["returns"] == rets and result["lengths"] == [length for _, length in expected]
+    assert result["mean"] == pytest.approx(sum(rets) / 3)
+    assert result["std"] == pytest.approx((sum((ret - sum(rets) / 3) ** 2 for ret in rets) / 3) ** 0.5)
+    assert (result["min"], result["max"], result["deterministic"]) == (min(rets), max(rets), False)
+    assert evaluate.evaluate(evaluate.Args(ppo_run, episodes=3, seed=4)) == result
+    *episodes, summary = capsys.readouterr().out.splitlines()
+    assert episodes == [f"episode {k}  return {ret:.2f}  length {length}" for k, (ret, length) in enumerate(expected)]
+    assert f"mean {result['mean']:.2f}  std {result['std']:.2f}" in summary and "stochastic" in summary
+    assert digest(ppo_run) == before
+
+
+@pytest.mark.parametrize(
+    "script, options, expected",
+    [
+        (ON_POLICY[-1], {}, False),
+        (ON_POLICY[-1], dict(deterministic=True), True),
+        (OFF_POLICY[1], {}, True),
+        (OFF_POLICY[1], dict(no_deterministic=True), False),
+    ],
+)
+def test_which_policy(runs, script, options, expected):
+    """By default the one whose score the script logs."""
+    run_dir = runs(script, env_id="Pendulum-v1")[1]
+    result = evaluate.evaluate(evaluate.Args(run_dir, episodes=1, len=20, **options))
+    env, act = load_policy(run_dir)
+    assert result["deterministic"] == expected
+    assert list(zip(result["returns"], result["lengths"], strict=True)) == list(play(env, act, 1, expected, 20))
+    assert result["returns"] != [ret for ret, _ in play(env, act, 1, not expected, 20)]
+
+
+def test_snapshots(runs, ppo_run):
+    run_dir = runs(ON_POLICY[-1], total_steps=600, save_freq=1, keep_checkpoints=True)[1]
+    (_, first), (_, last) = load_policy(run_dir, itr=0), load_policy(run_dir, itr=2)
+    _, model = load_policy(run_dir)
+    obs = torch.ones(1, 4)
+    first, last, model = (policy.module.v(obs).item() for policy in (first, last, model))
+    assert first != last == model
+    refused("--itr 7", "model_7.pt", "there are 0, 1, 2", run_dir=run_dir, itr=7)
+    refused("--itr 7", "--keep-checkpoints", run_dir=ppo_run, itr=7)
+
+
+def test_copied_script_under_another_name(tmp_path, monkeypatch):
+    """In a copy of the repository, with a network of the script's own that ppo.py does not have."""
+    home = tmp_path / "home"
+    shutil.copytree(ROOT / "utils", home / "utils")
+    shutil.copy(ROOT / "ppo.py", home)
+    mine = (
+        (ROOT / "ppo.py")
+        .read_text()
+        .replace("        super().__init__()\n", "        super().__init__()\n        self.mine = nn.Linear(1, 1)\n")
+    )
+    (home / "my_ppo.py").write_text(mine)
+    options = "--env-id CartPole-v1 --total-steps 200 --steps-per-epoch 200 --num-envs 2 --minibatch-size 50 --exp-name x"
+    done = run(sys.executable, "my_ppo.py", *options.split(), cwd=home)
+    assert done.returncode == 0, done.stderr
+    refused("my_ppo.py", str(ROOT), run_dir=home / "data/x/x_s0")
+    monkeypatch.setattr(evaluate, "ROOT", home)
+    env, act = load_policy(home / "data/x/x_s0")
+    assert len(list(play(env, act))) == 1 and hasattr(act.module, "mine")
+    change_config(home / "data/x/x_s0", script="ppo.py")
+    refused("ppo.py", "mine.weight", run_dir=home / "data/x/x_s0")
+
+
+def test_unknown_arguments_of_a_newer_version_are_left_out(ppo_run):
+    change_config(ppo_run, brand_new=[1, 2], device="cuda:7", resume="somewhere")
+    env, act = load_policy(ppo_run)
+    assert act.module.device == torch.device("cpu") and len(list(play(env, act))) == 1
+
+
+class Trap:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda trap, path: path.write_bytes(pickle.dumps(trap, protocol=2))], ids=["torch", "pickle"]
+)
+def test_malicious_model_is_not_executed(ppo_run, tmp_path, save):
+    trap, model = tmp_path / "executed", ppo_run / "model.pt"
+    save(Trap(str(trap)), model)
+    with open(model, "rb") as file:
+        pickle.load(file) if save is not torch.save else torch.load(file, weights_only=False)
+    assert trap.exists()  # so the trap works
+    trap.unlink()
+    refused("model.pt", "not loaded", run_dir=ppo_run)
+    assert not trap.exists()
+
+
+def test_nothing_of_the_run_directory_is_executed(ppo_run, monkeypatch):
+    """Neither as the script nor as the module that Gymnasium imports for an environment."""
+    trap = ppo_run / "executed"
+    (ppo_run / "evil.py").write_text(f"open({str(trap)!r}, 'w')")
+    for name in (str(ppo_run / "evil.py"), "../evil.py", "utils/mpi.py", "..\\evil.py", "evil.py", "", ".py"):
+        change_config(ppo_run, script=name)
+        refused("script", run_dir=ppo_run)
+    monkeypatch.syspath_prepend(ppo_run.parent)
+    for name in ("copy.evil:CartPole-v1", "copy.evil.more:CartPole-v1"):
+        change_config(ppo_run, script="ppo.py", env_id=name)
+        refused("execute", run_dir=ppo_run)
+    assert not trap.exists()
+    change_config(ppo_run, env_id="conftest:Count-v0")  # but others may be imported
+    refused("size mismatch", run_dir=ppo_run)
+
+
+@pytest.mark.parametrize(
+    "harm, words",
+    [
+        (lambda path: shutil.rmtree(path), ["copy", "config.json"]),
+        (lambda path: (path / "config.json").unlink(), ["config.json"]),
+        (lambda path: (path / "config.json").write_text('{"script": "ppo.py"'), ["config.json"]),
+        (lambda path: (path / "config.json").write_bytes(b"\xff\xfe\x00"), ["config.json"]),
+        (lambda path: (path / "config.json").write_text("[]"), ["config.json"]),
+        (lambda path: change_config(path, script=None), ["config.json"]),
+        (lambda path: change_config(path, env_id=None), ["config.json", "env_id"]),
+        (lambda path: change_config(path, env_id=3), ["config.json", "env_id"]),
+        (lambda path: change_config(path, script="gone.py"), ["gone.py", str(ROOT)]),
+        (lambda path: change_config(path, env_id="Gone-v0"), ["Gone"]),
+        (lambda path: change_config(path, env_id="gone_package:Gone-v0"), ["gone_package"]),
+        (lambda path: change_config(path, env_id="Pendulum-v1"), ["Pendulum-v1"]),
+        (lambda path: change_config(path, env_id="FrozenLake-v1"), ["FrozenLake-v1"]),
+        (lambda path: change_config(path, hidden_sizes=[8, 8]), ["size mismatch"]),
+        (lambda path: change_config(path, hidden_sizes="wide"), ["cannot be loaded"]),
+        (lambda path: change_config(path, activation="step"), ["cannot be loaded", "step"]),
+        (lambda path: (path / "model.pt").unlink(), ["no model.pt yet"]),
+        (lambda path: (path / "model.pt").write_bytes(b""), ["model.pt", "damaged"]),
+        (lambda path: (path / "model.pt").write_bytes((path / "model.pt").read_bytes()[:3000]), ["model.pt", "damaged"]),
+        (lambda path: (path / "model.pt").write_text("no weights"), ["model.pt", "damaged"]),
+        (lambda path: torch.save([1, 2], path / "model.pt"), ["cannot be loaded"]),
+        (lambda path: torch.save({"pi.net.0.weight": torch.ones(3)}, path / "model.pt"), ["cannot be loaded"]),
+    ],
+)
+def test_foreign_or_damaged_run_is_refused(ppo_run, harm, words):
+    harm(ppo_run)
+    refused(*words, run_dir=ppo_run)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(itr=9), "--itr 9"),
+        (dict(itr=-1), "--itr -1"),
+        (dict(episodes=0), "--episodes 0"),
+        (dict(len=0), "--len 0"),
+        (dict(seed=-1), "--seed -1"),
+        (dict(video=pathlib.Path("film.avi")), "film.avi"),
+        (dict(video=pathlib.Path("nowhere/film.mp4")), "nowhere/film.mp4"),
+        (dict(video=pathlib.Path("film.mp4"), render=True), "choose one"),
+        (dict(render=True), "no display"),
+    ],
+)
+def test_bad_arguments_are_refused(ppo_run, monkeypatch, options, words):
+    monkeypatch.setattr(evaluate, "_choose_gl", lambda: None)
+    monkeypatch.setattr(evaluate.sys, "platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RunError, match=re.escape(words)):
+        evaluate.evaluate(evaluate.Args(ppo_run, **options))
+
+
+def test_error_is_one_line_without_traceback(ppo_run):
+    (ppo_run / "model.pt").write_bytes(b"")
+    done = run(sys.executable, "-m", "utils.evaluate", ppo_run, "--json")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {ppo_run / 'model.pt'}: is no file of weights, or is damaged; it was not loaded\n"
+
+
+class Clock(gym.Env):
+    """100 frames a second, 800 x 600 pixels, of a grey that grows with time."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 100}
+    observation_space = gym.spaces.Box(0, 1, (1,))
+    action_space = gym.spaces.Discrete(2)
+    render_mode, t = "rgb_array", 0
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.zeros(1, np.float32), 1.0, False, self.t == 2000, {}
+
+    def render(self):
+        return np.full((600, 800, 3), self.t % 250, np.uint8)
+
+
+@pytest.mark.parametrize(
+    "name, seconds, fps, shape",
+    [("film.mp4", 2, 50, (360, 480, 3)), ("film.gif", 2, 25, (180, 240, 3)), ("film.gif", 20, 25, None)],
+)
+def test_film_keeps_time_and_stays_small(tmp_path, name, seconds, fps, shape):
+    """Frame i shows what the clock showed i / fps seconds after the reset; a gif ends after 10 seconds."""
+    steps = 100 * seconds
+    assert film(Clock(), lambda obs, deterministic: 0, tmp_path / name, max_len=steps) == [(float(steps), steps)]
+    meta = iio.immeta(tmp_path / name)
+    frames = read(tmp_path / name)
+    assert len(frames) == min(seconds * fps + 1, 10 * fps if name.endswith("gif") else 10**9)
+    assert meta.get("fps", 1000 / meta.get("duration", 1000 / fps)) == pytest.approx(fps)
+    assert shape is None or frames.shape[1:] == shape
+    clock = np.arange(len(frames)) * (100 / fps) % 250
+    assert frames.mean((1, 2, 3)) == pytest.approx(clock, abs=6)
+
+
+def test_film_of_mujoco(runs, gl, tmp_path):
+    """Hopper: the picture is no single colour and moves. The command finds MUJOCO_GL itself."""
+    run_dir = runs(ON_POLICY[-1], env_id="Hopper-v4")[1]
+    before, mp4, gif = digest(run_dir), tmp_path / "film.mp4", tmp_path / "film.gif"
+    command = [sys.executable, "-m", "utils.evaluate", run_dir, "-n", 3, "-l", 12, "--video", mp4]
+    done = run("env", "-u", "MUJOCO_GL", "-u", "DISPLAY", *command)
+    assert done.returncode == 0 and done.stderr == "" and "film.mp4: 0.3 s" in done.stdout, done.stderr
+    env, act = load_policy(run_dir, render_mode="rgb_array")
+    assert len(film(env, act, gif, episodes=3, max_len=12)) == 3
+    env.close()
+    for path, every, side in ((mp4, 3, 480), (gif, 5, 240)):  # of Hopper's 125 frames a second
+        frames = read(path).astype(float)
+        assert frames.shape == (math.ceil(3 * 13 / every), side, side, 3)
+        assert frames.mean() > 20 and all(frame.std() > 20 for frame in frames)
+        assert np.abs(np.diff(frames, axis=0)).mean((1, 2, 3)).max() > 0.5
+        assert path.stat().st_size < 500_000
+    assert digest(run_dir) == before
+
+
+def test_camera_follows(runs, gl):
+    """32 m further on, the hopper is where it was in the picture: as many pixels of its colours, in the same columns."""
+    env, _ = load_policy(runs(ON_POLICY[-1], env_id="Hopper-v4")[1], render_mode="rgb_array")
+
+    def columns():
+        frame = env.render().astype(int)
+        return np.nonzero(frame[..., 0] > frame[..., 2] + 30)[1]
+
+    env.reset(seed=0)
+    before, sim = columns(), env.unwrapped
+    sim.set_state(sim.data.qpos + 32 * np.eye(sim.model.nq)[0], sim.data.qvel)
+    after = columns()
+    env.close()
+    assert len(before) > 1000 and len(after) == pytest.approx(len(before), rel=0.2)
+    assert 180 < before.mean() < 300 and after.mean() == pytest.approx(before.mean(), abs=10)
+
+
+def test_no_opengl_is_said_in_one_line(runs, tmp_path):
+    run_dir = runs(ON_POLICY[-1], env_id="Hopper-v4")[1]
+    command = [sys.executable, "-m", "utils.evaluate", run_dir, "-l", 3, "--video", tmp_path / "x.gif"]
+    done = run("env", "-u", "DISPLAY", *command, MUJOCO_GL="glfw")
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1 and len(lines) == 1 and "libosmesa6" in lines[0] and "libegl1" in lines[0], done.stderr
+
+
+def test_first_library_that_draws_is_chosen(monkeypatch):
+    tried = []
+
+    def probe(command, env, **options):
+        tried.append(env["MUJOCO_GL"])
+        return subprocess.CompletedProcess(command, 0 if env["MUJOCO_GL"] == "osmesa" else 1)
+
+    monkeypatch.setattr(evaluate.subprocess, "run", probe)
+    monkeypatch.setattr(evaluate.sys, "platform", "linux")
+    monkeypatch.setenv("MUJOCO_GL", "")  # so that monkeypatch puts back what was there
+    monkeypatch.delenv("MUJOCO_GL")
+    evaluate._choose_gl()
+    assert tried == ["egl", "osmesa"] and evaluate.os.environ["MUJOCO_GL"] == "osmesa"
+    evaluate._choose_gl()
+    assert len(tried) == 2
+
+
+def test_camera_that_breaks_down(tmp_path):
+    clock, act = Clock(), Policy(None, True)
+    with pytest.raises(RunError, match="end in .mp4 or .gif"):
+        Camera(clock, "x.png")
+    clock.render = lambda: 1 / 0
+    with pytest.raises(RunError, match="x.gif: the environment cannot be drawn: division by zero$"):
+        film(clock, act, tmp_path / "x.gif")
+    clock.render_mode = None
+    with pytest.raises(RunError, match="render_mode='rgb_array'"):
+        film(clock, act, tmp_path / "x.gif")
+    assert list(tmp_path.iterdir()) == []
