@@ -304,7 +304,7 @@ def train(args):
     check(args, (Box, Discrete), num_envs=mpi.size(), steps_per_epoch=args.num_envs, minibatch_size=mpi.size())
     torch.set_num_threads(args.torch_threads)
     seeds = mpi.seed_everything(args.seed)
-    envs = [make_env(args) for _ in range(args.num_envs // mpi.size())]
+    envs = [make_env(args.env_id, args.max_ep_len) for _ in range(args.num_envs // mpi.size())]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
     groups = [{"params": ac.pi.parameters(), "lr": args.pi_lr}, {"params": ac.v.parameters(), "lr": args.vf_lr}]

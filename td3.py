@@ -79,9 +79,9 @@ class ReplayBuffer:
         Returns the returns and the lengths of the episodes that ended."""
         ep_rets, ep_lens = [], []
         for _ in range(num_steps):
-            check_finite(self.steps, observation=self.now)
             random = 2 * torch.rand(len(self.envs), *self.arrays.act.shape[1:]) - 1
             act = random if self.steps < start_steps else ac.sample(self.now).cpu()
+            check_finite(self.steps, observation=self.now, action=act)
             for i, (env, env_act) in enumerate(zip(self.envs, ac.to_env(act), strict=True)):
                 next_obs, rew, terminated, truncated, _ = env.step(env_act)
                 self.store(self.now[i], act[i], rew, next_obs, terminated)
@@ -248,7 +248,7 @@ def train(args):
     check(args, (Box,), num_envs=min(args.num_envs, mpi.size()), steps_per_epoch=num_envs, batch_size=mpi.size())
     torch.set_num_threads(args.torch_threads)
     seeds = mpi.seed_everything(args.seed)
-    envs = [make_env(args) for _ in range(num_envs // mpi.size())]
+    envs = [make_env(args.env_id, args.max_ep_len) for _ in range(num_envs // mpi.size())]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
     ac_targ = copy.deepcopy(ac).requires_grad_(False)
@@ -256,7 +256,7 @@ def train(args):
     q_optimizer = torch.optim.Adam(ac.q.parameters(), lr=args.q_lr, fused=True)
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
     buffer = ReplayBuffer(envs, min(args.replay_size, epochs * args.steps_per_epoch) // mpi.size(), seeds)
-    test_env = make_env(args)
+    test_env = make_env(args.env_id, args.max_ep_len)
     test_env.reset(seed=int(seeds.integers(2**31)))
     block = math.ceil(args.update_every / num_envs) * num_envs  # steps between two blocks of as many updates
     state = dict(ac=ac, ac_targ=ac_targ, pi_optimizer=pi_optimizer, q_optimizer=q_optimizer)

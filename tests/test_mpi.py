@@ -4,7 +4,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, rows, run
+from conftest import OFF_POLICY, ROOT, rows, run
 
 SMALL = "--total-steps 800 --steps-per-epoch 200 --num-envs 2 --minibatch-size 50".split()
 
@@ -195,3 +195,82 @@ def test_runs_without_the_optional_packages(tmp_path, blocked):
     program = f"import sys; sys.modules[{blocked!r}] = None; import ppo, tyro; ppo.train(tyro.cli(ppo.Args))"
     done = run(sys.executable, "-c", program, *SMALL, "--env-id", "CartPole-v1", "--data-dir", tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", OFF_POLICY, ids=lambda script: script.__name__)
+def test_off_policy_ranks_share_the_work(script, tmp_path):
+    """One environment each with actions of its own, halves of the batch and of the replay buffer, as many updates as steps
+    of all, one set of parameters; and the gradient of the critics is that of the whole batch."""
+    program = f"""
+import hashlib, pathlib, sys, torch, {script.__name__} as script
+from utils import mpi
+sizes, buffers, step = [], [], script.gradient_step
+def spy(optimizer, loss):
+    step(optimizer, loss)
+    grad = [p.grad for group in optimizer.param_groups for p in group["params"]][0]
+    assert torch.allclose(grad, mpi.average(grad), rtol=1e-6)  # the same on all ranks
+script.gradient_step = spy
+sample, init = script.ReplayBuffer.sample, script.ReplayBuffer.__init__
+def spy_sample(self, batch_size, device):
+    sizes.append(batch_size)
+    return sample(self, batch_size, device)
+def spy_init(self, *args):
+    buffers.append(self)
+    init(self, *args)
+script.ReplayBuffer.sample, script.ReplayBuffer.__init__ = spy_sample, spy_init
+ac = script.train(script.Args(env_id="Pendulum-v1", total_steps=400, steps_per_epoch=200, start_steps=100, update_after=50,
+                              update_every=7, batch_size=20, replay_size=300, hidden_sizes=(8, 8), num_test_episodes=3,
+                              max_ep_len=30, data_dir=sys.argv[1]))
+state = b"".join(tensor.numpy().tobytes() for tensor in ac.state_dict().values())
+(buffer,) = buffers
+report = [hashlib.sha256(state).hexdigest(), len(sizes), set(sizes), len(buffer.arrays.obs), buffer.stored, buffer.steps]
+pathlib.Path(sys.argv[1], f"{{mpi.rank()}}.txt").write_text(f"{{report}}|{{buffer.arrays.act.sum()}}")
+"""
+    (tmp_path / "program.py").write_text(program)
+    done = mpirun(tmp_path / "program.py", tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    (report, acts), (other_report, other_acts) = ((tmp_path / f"{rank}.txt").read_text().split("|") for rank in range(2))
+    assert report == other_report and acts != other_acts
+    updates = 400 - 48  # blocks of 8 steps, the smallest multiple of 2 that is not below 7: the 7th is the first to reach 50
+    assert report.split(", ", 1)[1] == f"{updates}, {{10}}, 150, 200, 400]"
+    table = rows(tmp_path / f"{script.__name__}_Pendulum-v1/{script.__name__}_Pendulum-v1_s0")
+    assert [row["TotalEnvInteracts"] for row in table] == ["200", "400"] and table[0]["TestEpLen"] == "30.0"
+
+
+@pytest.mark.parametrize("script", OFF_POLICY, ids=lambda script: script.__name__)
+def test_off_policy_averaged_gradient_is_the_whole_batchs_gradient(script, tmp_path):
+    program = f"""
+import copy, torch, {script.__name__} as script
+from gymnasium.spaces import Box
+from utils import mpi
+torch.manual_seed(0)
+ac = script.ActorCritic(Box(-1, 1, (3,)), Box(-1, 1, (2,)), script.Args(hidden_sizes=(8,)))
+obs, act, target = torch.randn(20, 3), torch.rand(20, 2), torch.randn(20)
+def step(net, at):
+    q = [net.q(obs[at], act[at])] if script.__name__ == "ddpg" else [q(obs[at], act[at]) for q in net.q]
+    script.gradient_step(torch.optim.SGD(net.q.parameters(), lr=0.1), script.q_loss(*q, target[at]))
+whole = copy.deepcopy(ac)
+step(ac, slice(mpi.rank(), 20, 2))
+average, script.mpi.average_gradients = mpi.average_gradients, lambda parameters: None
+step(whole, slice(None))
+for p, expected in zip(ac.parameters(), whole.parameters(), strict=True):
+    assert torch.allclose(p, expected, atol=1e-6)
+print("EQUAL")
+"""
+    (tmp_path / "program.py").write_text(program)
+    done = mpirun(tmp_path / "program.py", PYTHONPATH=str(ROOT))
+    assert done.stdout.count("EQUAL") == 2, done.stderr
+
+
+@pytest.mark.parametrize("script", OFF_POLICY, ids=lambda script: script.__name__)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_off_policy_defaults_divide_by_the_usual_numbers_of_ranks(script, ranks):
+    args = script.Args()
+    assert args.batch_size % ranks == args.steps_per_epoch % ranks == args.replay_size % ranks == 0
+
+
+def test_off_policy_what_does_not_divide_by_the_ranks_is_refused(tmp_path):
+    for options, words in [(["--batch-size", 33], "--batch-size 33"), (["--num-envs", 3], "--num-envs 3")]:
+        done = mpirun(ROOT / "sac.py", *options, cwd=tmp_path)
+        assert done.returncode != 0 and f"{words}: does not divide by the number of ranks, 2; try" in done.stderr
+        assert list(tmp_path.iterdir()) == []

@@ -340,17 +340,17 @@ def test_checkpoints_cost_little_time(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "Hopper-v4", "CartPole-v1"])
 def test_environment_comes_back_to_where_it_was(env_id):
-    args = ppo.Args(env_id=env_id, max_ep_len=40)
-    first, second = make_env(args), make_env(args)
+    first, second = make_env(env_id, 40), make_env(env_id, 40)
     first.action_space.seed(0)
     first.reset(seed=3)
 
     def play(env, actions):
-        return [
-            (env.reset() if end else (obs, rew))[0]
-            for obs, rew, *end in ((o, r, a or b) for o, r, a, b, _ in map(env.step, actions))
-            for end in [end[0]]
-        ]
+        """The observations that come next: of the following episode, where one ends."""
+        seen = []
+        for action in actions:
+            obs, _, terminated, truncated, _ = env.step(action)
+            seen.append(env.reset()[0] if terminated or truncated else obs)
+        return seen
 
     actions = [first.action_space.sample() for _ in range(100)]
     play(first, actions[:50])

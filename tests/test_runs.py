@@ -8,10 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, rows, run, small
+from conftest import OFF_POLICY, ON_POLICY, ROOT, rows, run, small, small_off_policy
 
 from utils.mpi import RunError
 
+ALL = pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY, ids=lambda script: script.__name__)
+ONLY_OFF_POLICY = pytest.mark.parametrize("script", OFF_POLICY, ids=lambda script: script.__name__)
 RUN = "{0}_CartPole-v1/{0}_CartPole-v1_s0"
 
 
@@ -78,7 +80,7 @@ def test_policy_that_acted_is_the_one_in_the_ratio(script, tmp_path, monkeypatch
 def test_run_directory(script, tmp_path):
     ac = script.train(small(script, tmp_path, total_steps=1000))
     path = run_dir(script, tmp_path)
-    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.pt", "progress.txt"]
+    assert sorted(p.name for p in path.iterdir()) == ["checkpoint", "config.json", "model.pt", "progress.txt"]
     config = json.loads((path / "config.json").read_text())
     assert config["gamma"] == 0.99 and config["script"] == f"{script.__name__}.py" and config["ranks"] == 1
     table = rows(path, without=())
@@ -151,31 +153,35 @@ def test_model_that_cannot_be_written_leaves_the_last_one(script, tmp_path, monk
     args = small(script, tmp_path, total_steps=600, save_freq=1)
     save, calls = torch.save, []
 
-    def full_disk(state, path):
-        calls.append(path)
-        if len(calls) == 2:
-            path.write_bytes(b"half")
+    def full_disk(state, file):
+        calls.append(file)
+        if len(calls) == 3:  # after a model and a checkpoint
+            file.write(b"half")
             raise RuntimeError("unexpected pos 64 vs 0")
-        save(state, path)
+        save(state, file)
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(RunError, match="cannot write .*model.pt"):
         script.train(args)
     path = run_dir(script, tmp_path)
-    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.pt", "progress.txt"]
+    assert sorted(p.name for p in path.iterdir()) == ["checkpoint", "config.json", "model.pt", "progress.txt"]
     assert torch.load(path / "model.pt", weights_only=True)["obs_stats.count"] == 200
 
 
+@ALL
 def test_script_and_utils_alone_are_enough(script, tmp_path):
     shutil.copy(ROOT / f"{script.__name__}.py", tmp_path / "mine.py")
     shutil.copytree(ROOT / "utils", tmp_path / "utils")
-    options = "--env-id CartPole-v1 --total-steps 400 --steps-per-epoch 200 --num-envs 2 --minibatch-size 50".split()
-    done = run(sys.executable, "mine.py", *options, cwd=tmp_path)
+    options = "--env-id CartPole-v1 --total-steps 400 --steps-per-epoch 200 --num-envs 2 --minibatch-size 50"
+    if script in OFF_POLICY:
+        options = "--env-id Pendulum-v1 --total-steps 400 --steps-per-epoch 200 --update-after 300 --start-steps 100"
+    done = run(sys.executable, "mine.py", *options.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert len(rows(tmp_path / "data/mine_CartPole-v1/mine_CartPole-v1_s0")) == 2
-    assert "steps/s" in done.stdout and "left" in done.stdout
+    (path,) = (tmp_path / "data").glob("mine_*/mine_*_s0")
+    assert len(rows(path)) == 2 and "steps/s" in done.stdout and "left" in done.stdout
 
 
+@ALL
 def test_help_explains_every_argument(script):
     done = run(sys.executable, ROOT / f"{script.__name__}.py", "--help")
     for name in script.Args.__dataclass_fields__:
@@ -225,6 +231,7 @@ def test_action_space_that_no_script_handles(script, tmp_path, space):
     assert list(tmp_path.iterdir()) == []
 
 
+@ALL
 def test_command_line_error_is_one_line_without_traceback(script, tmp_path):
     done = run(sys.executable, ROOT / f"{script.__name__}.py", "--gamma", "1.5", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.strip() == "error: --gamma 1.5: has to be between 0 and 1"
@@ -274,3 +281,57 @@ def test_wandb_offline(tmp_path):
     assert {file.name for file in path.glob("wandb/offline-run-*/files/*")} >= {"ppo.py", "model.pt"}
     assert not [file for file in path.rglob("*") if file.is_file() and b"secret0" in file.read_bytes()]
     assert "secret0" not in done.stdout + done.stderr
+
+
+@ONLY_OFF_POLICY
+@pytest.mark.parametrize("env_id, quantity", [("Broken-v0", "reward"), ("BrokenObs-v0", "observation")])
+def test_off_policy_nan_stops_the_run_and_keeps_the_model(script, tmp_path, env_id, quantity):
+    """The 150th step of the environment is in the second epoch."""
+    with pytest.raises(RunError, match=rf"{quantity} is not finite at step 149\b"):
+        script.train(small_off_policy(script, tmp_path, env_id=env_id, exp_name="x", num_test_episodes=0))
+    saved = torch.load(tmp_path / "x/x_s0/model.pt", weights_only=True)
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+    assert len(rows(tmp_path / "x/x_s0")) == 1
+
+
+@ONLY_OFF_POLICY
+def test_off_policy_nan_loss_stops_the_run(script, tmp_path):
+    with pytest.raises(RunError, match=r"action is not finite at step 100\b"):
+        script.train(small_off_policy(script, tmp_path, q_lr=1e38, num_test_episodes=0))
+    assert not list(tmp_path.glob("**/model.pt"))
+
+
+@ONLY_OFF_POLICY
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(batch_size=200), ["--batch-size 200", "--update-after 100", "try --update-after 200"]),
+        (dict(replay_size=10**13, total_steps=10**13), [f"--replay-size {10**13}", "GiB", "try --replay-size"]),
+        (dict(env_id="Unbounded-v0"), ["Unbounded-v0", "bounded", "vpg.py"]),
+        (dict(steps_per_epoch=121, num_envs=2), ["--steps-per-epoch 121", "120 or 122"]),
+        (dict(polyak=1.5), ["--polyak 1.5"]),
+        (dict(q_lr=0.0), ["--q-lr 0.0"]),
+        (dict(num_test_episodes=-1), ["--num-test-episodes -1"]),
+    ],
+    ids=lambda x: str(x) if isinstance(x, dict) else "",
+)
+def test_off_policy_bad_input_is_refused_before_anything_is_written(script, tmp_path, changes, words):
+    import gymnasium as gym
+    from conftest import Count
+
+    class Unbounded(Count):
+        action_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+    gym.envs.registration.registry.pop("Unbounded-v0", None)
+    gym.register("Unbounded-v0", Unbounded)
+    with pytest.raises(RunError) as error:
+        script.train(small_off_policy(script, tmp_path, **changes))
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    assert list(tmp_path.iterdir()) == []
+
+
+@ONLY_OFF_POLICY
+def test_more_start_steps_than_steps_is_a_warning(script, tmp_path, capsys):
+    script.train(small_off_policy(script, tmp_path, start_steps=240))
+    assert "--start-steps 240: all 240 steps will be random" in capsys.readouterr().err

@@ -216,9 +216,9 @@ class Repeatable(gym.Wrapper):
             self.env.step(action)
 
 
-def make_env(args):
-    """The environment `args.env_id`, with the episodes' limit `args.max_ep_len` if there is one."""
-    return Repeatable(gym.make(args.env_id, max_episode_steps=args.max_ep_len, disable_env_checker=True))
+def make_env(env_id, max_ep_len=None):
+    """The environment, Repeatable; `max_ep_len` takes the place of its own limit of steps in an episode."""
+    return Repeatable(gym.make(env_id, max_episode_steps=max_ep_len, disable_env_checker=True))
 
 
 class Logger:
