@@ -23,7 +23,7 @@ from gymnasium.spaces import Box
 from torch import nn
 
 from utils import mpi
-from utils.logger import Logger, RunArgs, check, check_finite, make_env
+from utils.logger import Logger, RunArgs, check, check_finite, make_env, use_processor
 
 
 @dataclass
@@ -78,7 +78,7 @@ class ReplayBuffer:
         for _ in range(num_steps):
             random = 2 * torch.rand(len(self.envs), *self.arrays.act.shape[1:]) - 1
             act = random if self.steps < start_steps else ac.sample(self.now).cpu()
-            check_finite(self.steps, observation=self.now, action=act)
+            check_finite(self.steps, observation=self.now, action=act.numpy())
             for i, (env, env_act) in enumerate(zip(self.envs, ac.to_env(act), strict=True)):
                 next_obs, rew, terminated, truncated, _ = env.step(env_act)
                 self.store(self.now[i], act[i], rew, next_obs, terminated)
@@ -234,7 +234,7 @@ def train(args):
     """Train as `args` (an Args) says and return the ActorCritic. Raises RunError for what cannot work."""
     num_envs = max(args.num_envs, mpi.size())
     check(args, (Box,), num_envs=min(args.num_envs, mpi.size()), steps_per_epoch=num_envs, batch_size=mpi.size())
-    torch.set_num_threads(args.torch_threads)
+    use_processor(args)
     seeds = mpi.seed_everything(args.seed)
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(num_envs // mpi.size())]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)

@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 
 from utils import mpi
-from utils.logger import Logger, RunArgs, check, check_finite, make_env
+from utils.logger import Logger, RunArgs, check, check_finite, make_env, use_processor
 
 
 @dataclass
@@ -297,7 +297,7 @@ def update(ac, optimizer, batch, args):
 def train(args):
     """Train as `args` (an Args) says and return the ActorCritic. Raises RunError for what cannot work."""
     check(args, (Box, Discrete), num_envs=mpi.size(), steps_per_epoch=args.num_envs, minibatch_size=mpi.size())
-    torch.set_num_threads(args.torch_threads)
+    use_processor(args)
     seeds = mpi.seed_everything(args.seed)
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(args.num_envs // mpi.size())]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)

@@ -20,7 +20,9 @@ import tyro
 from tyro.conf import Positional
 
 ASIDE = "seed exp_name data_dir save_freq device torch_threads track wandb_project wandb_entity wandb_group".split()
-ASIDE += "command versions git_commit keep_checkpoints resume wandb_video wandb_id".split()  # what may differ between the seeds of an experiment
+ASIDE += (
+    "command versions git_commit keep_checkpoints resume wandb_video wandb_id".split()
+)  # what may differ between the seeds of an experiment
 
 
 @dataclass

@@ -353,7 +353,7 @@ def test_film_of_mujoco(runs, gl, tmp_path):
     done = run("env", "-u", "MUJOCO_GL", "-u", "DISPLAY", *command)
     assert done.returncode == 0 and done.stderr == "" and "film.mp4: 0.3 s" in done.stdout, done.stderr
     env, act = load_policy(run_dir, render_mode="rgb_array")
-    assert len(film(env, act, gif, episodes=3, max_len=12)) == 3
+    assert film(env, act, gif, episodes=3, max_len=12) == list(play(*load_policy(run_dir), episodes=3, max_len=12))
     env.close()
     for path, every, side in ((mp4, 3, 480), (gif, 5, 240)):  # of Hopper's 125 frames a second
         frames = read(path).astype(float)
@@ -365,20 +365,21 @@ def test_film_of_mujoco(runs, gl, tmp_path):
 
 
 def test_camera_follows(runs, gl):
-    """32 m further on, the hopper is where it was in the picture: as many pixels of its colours, in the same columns."""
+    """200 m further on, the hopper is where it was in the picture, in the same columns, and on the same chequered floor."""
     env, _ = load_policy(runs(ON_POLICY[-1], env_id="Hopper-v4")[1], render_mode="rgb_array")
 
-    def columns():
+    def see():
         frame = env.render().astype(int)
-        return np.nonzero(frame[..., 0] > frame[..., 2] + 30)[1]
+        return np.nonzero(frame[..., 0] > frame[..., 2] + 30)[1], frame[-100:].std()  # the columns of its colours, the floor
 
     env.reset(seed=0)
-    before, sim = columns(), env.unwrapped
-    sim.set_state(sim.data.qpos + 32 * np.eye(sim.model.nq)[0], sim.data.qvel)
-    after = columns()
+    (before, floor_before), sim = see(), env.unwrapped
+    sim.set_state(sim.data.qpos + 200 * np.eye(sim.model.nq)[0], sim.data.qvel)
+    after, floor_after = see()
     env.close()
-    assert len(before) > 1000 and len(after) == pytest.approx(len(before), rel=0.2)
+    assert len(before) > 1000 and len(after) == pytest.approx(len(before), rel=0.3)
     assert 180 < before.mean() < 300 and after.mean() == pytest.approx(before.mean(), abs=10)
+    assert floor_before > 50 and floor_after == pytest.approx(floor_before, rel=0.3)
 
 
 def test_no_opengl_is_said_in_one_line(runs, tmp_path):

@@ -335,3 +335,21 @@ def test_off_policy_bad_input_is_refused_before_anything_is_written(script, tmp_
 def test_more_start_steps_than_steps_is_a_warning(script, tmp_path, capsys):
     script.train(small_off_policy(script, tmp_path, start_steps=240))
     assert "--start-steps 240: all 240 steps will be random" in capsys.readouterr().err
+
+
+def test_fast_matmul_is_float32(tmp_path, monkeypatch):
+    """It trains where products keep float32's accuracy, and refuses where they would be rounded to bfloat16."""
+    import td3
+    from utils import logger
+
+    args = small_off_policy(td3, tmp_path, fast_matmul=True)
+    td3.train(args)
+    assert torch.get_float32_matmul_precision() == "medium"
+    td3.train(small_off_policy(td3, tmp_path))
+    assert torch.get_float32_matmul_precision() == "highest"
+    matmul = torch.Tensor.__matmul__
+    rounded = lambda x, y: matmul(x.bfloat16(), y.bfloat16()).to(x.dtype) if x.dtype == torch.float32 else matmul(x, y)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    with pytest.raises(RunError, match="--fast-matmul"):
+        logger.use_processor(args)
+    torch.set_float32_matmul_precision("highest")

@@ -147,15 +147,22 @@ def _choose_gl():
 
 
 def _follow(env):
-    """Look through MuJoCo's camera "track", where the model has one: Gymnasium's own choice does not follow the body."""
+    """Look through MuJoCo's camera "track", where the model has one, at a floor without an end; the physics stays the same.
+
+    Gymnasium's own choice of camera does not follow the body, and its floors are drawn only 20 or 40 m far.
+    """
     renderer = getattr(env.unwrapped, "mujoco_renderer", None)
     if renderer:
         import mujoco
 
-        camera = mujoco.mj_name2id(renderer.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+        model = renderer.model
+        camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
         if camera >= 0:
             fixed = dict(type=mujoco.mjtCamera.mjCAMERA_FIXED, fixedcamid=camera)
             renderer.camera_id, renderer.default_cam_config = camera, fixed
+            floor = (model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE) & (model.geom_matid >= 0) & model.geom_size[:, :2].all(1)
+            model.mat_texrepeat[model.geom_matid[floor]] /= 2 * model.geom_size[floor, :2]  # now per metre
+            model.geom_size[floor, :2] = 0  # no end
 
 
 class Camera:

@@ -47,6 +47,7 @@ class RunArgs:
     resume: str | None = None  # run directory of an interrupted run to go on with; only --total-steps may change
     device: str = "cpu"  # torch device of the networks: cpu, cuda, cuda:1, mps
     torch_threads: int = 1  # threads of torch in each process; networks of this size are fastest with 1
+    fast_matmul: bool = False  # multiply float32 matrices with oneDNN: faster on some processors with AVX-512, slower on others
     track: bool = False  # log to Weights & Biases too
     wandb_project: str = "deep-rl"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
@@ -188,6 +189,20 @@ def check_finite(step, **arrays):
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise RunError(f"{name} is not finite at step {step:,}; model.pt is left as it was")
+
+
+def use_processor(args):
+    """Give torch its threads and, with `fast_matmul`, its way to multiply matrices.
+
+    Raises RunError where that way would round to bfloat16, as it does on processors with AMX.
+    """
+    torch.set_num_threads(args.torch_threads)
+    torch.set_float32_matmul_precision("medium" if args.fast_matmul else "highest")
+    if args.fast_matmul:
+        x, y = torch.linspace(-1, 1, 2**16).reshape(2, 256, 128).double()
+        error = ((x.float() @ y.T.float()).double() - x @ y.T).abs().max() / (x.abs() @ y.T.abs()).max()
+        if error > 1e-6:
+            raise RunError(f"--fast-matmul: this processor would round to a relative error of {error:.0e}; leave it out")
 
 
 class Repeatable(gym.Wrapper):
