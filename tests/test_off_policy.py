@@ -1,0 +1,696 @@
+"""DDPG, TD3 and SAC: each formula against an independent computation, the replay buffer, the noise, and whole runs."""
+
+import copy
+import inspect
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import OFF_POLICY, Count, rows, small_off_policy
+from gymnasium.spaces import Box
+from torch import nn
+
+import ddpg
+import sac
+import td3
+from utils.logger import make_env
+from utils.mpi import RunError
+
+LOW, HIGH = np.array([-1.0, 0.0], np.float32), np.array([3.0, 0.5], np.float32)
+HALF_WIDTH, MIDDLE = (HIGH - LOW) / 2, (HIGH + LOW) / 2
+
+
+class Asymmetric(Count):
+    """Count with another box in each dimension of the action; remembers the actions that it got."""
+
+    action_space = Box(LOW, HIGH)
+
+    def __init__(self):
+        super().__init__()
+        self.actions = []
+
+    def step(self, action):
+        self.actions.append(action)
+        return super().step(action)
+
+
+gym.register("Asymmetric-v0", Asymmetric)
+
+
+@pytest.fixture(params=OFF_POLICY, ids=lambda script: script.__name__)
+def script(request):
+    return request.param
+
+
+deterministic_policies = pytest.mark.parametrize("script", [ddpg, td3], ids=lambda script: script.__name__)
+
+
+def forward(net, x):
+    """Linear layers with tanh between them, in NumPy."""
+    *hidden, last = [[p.detach().numpy() for p in layer.parameters()] for layer in net if isinstance(layer, nn.Linear)]
+    for weight, bias in hidden:
+        x = np.tanh(x @ weight.T + bias)
+    return x @ last[0].T + last[1]
+
+
+def values(q, obs, act):
+    """What the critics say, in NumPy: (1 or 2, B)."""
+    critics = q if isinstance(q, nn.ModuleList) else [q]
+    return np.array([forward(critic.net, np.concatenate([obs, act], -1))[:, 0] for critic in critics])
+
+
+def squash(mu, log_std, noise):
+    """Action and log-probability of a squashed Gaussian, by the change of variables, in NumPy."""
+    u = mu + np.exp(log_std) * noise
+    log_normal = -((u - mu) ** 2) / (2 * np.exp(log_std) ** 2) - log_std - np.log(np.sqrt(2 * np.pi))
+    return np.tanh(u), (log_normal - np.log(1 - np.tanh(u) ** 2)).sum(-1)
+
+
+def numeric_gradient(loss, parameters, eps=1e-6):
+    """Central differences of loss() in each entry of the parameters."""
+    grads = []
+    for p in parameters:
+        flat, grad = p.detach().view(-1), torch.zeros(p.numel(), dtype=p.dtype)
+        for i, x in enumerate(flat.tolist()):
+            flat[i] = x + eps
+            above = loss()
+            flat[i] = x - eps
+            grad[i] = (above - loss()) / (2 * eps)
+            flat[i] = x
+        grads.append(grad.view_as(p))
+    return grads
+
+
+class Learner:
+    """Networks in float64, targets that differ from them, plain gradient descent, a batch, and `update` of all signatures."""
+
+    def __init__(self, script, pi_lr=1.0, q_lr=1.0, alpha_lr=1.0, **changes):
+        torch.manual_seed(0)
+        options = dict(hidden_sizes=(5,), activation="tanh", gamma=0.9, polyak=0.75) | changes
+        self.script, self.args = script, small_off_policy(script, "unused", **options)
+        self.ac = script.ActorCritic(Box(-np.inf, np.inf, (3,)), Box(LOW, HIGH), self.args).double()
+        self.targ = copy.deepcopy(self.ac.q if script is sac else self.ac).requires_grad_(False)
+        for p in self.targ.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+        self.optimizers = [torch.optim.SGD(self.ac.pi.parameters(), pi_lr), torch.optim.SGD(self.ac.q.parameters(), q_lr)]
+        if script is sac:
+            self.optimizers.append(torch.optim.SGD([self.ac.log_alpha], alpha_lr))
+        obs, act, next_obs = (torch.randn(16, n, dtype=torch.float64) for n in (3, 2, 3))
+        terminated = (torch.arange(16) % 3 == 0).double()
+        self.batch = script.Batch(3 * obs, act.tanh(), torch.randn(16).double(), 3 * next_obs, terminated)
+        self.arrays = script.Batch(*(x.numpy() for x in self.batch))
+        torch.manual_seed(7)  # what `update` will draw: first for the target, then for the policy
+        self.noise = [torch.randn(16, 2, dtype=torch.float64).numpy() for _ in range(2)]
+
+    def update(self, update_policy=True):
+        torch.manual_seed(7)
+        turn = [update_policy] if self.script is td3 else []
+        return self.script.update(self.ac, self.targ, *self.optimizers, self.batch, self.args, *turn)
+
+    def target(self):
+        """By the equations at the heads of the files."""
+        batch, noise = self.arrays, self.noise[0]
+        if self.script is sac:
+            mu, log_std = np.split(forward(self.ac.pi.net, batch.next_obs), 2, -1)
+            next_act, logp = squash(mu, log_std, noise)
+            val = values(self.targ, batch.next_obs, next_act).min(0) - self.ac.log_alpha.exp().item() * logp
+        else:
+            next_act = np.tanh(forward(self.targ.pi.net, batch.next_obs))
+            if self.script is td3:
+                clip = self.args.noise_clip
+                next_act = np.clip(next_act + np.clip(self.args.target_noise * noise, -clip, clip), -1, 1)
+            val = values(self.targ.q, batch.next_obs, next_act).min(0)
+        return np.array([rew if ended else rew + 0.9 * v for rew, ended, v in zip(batch.rew, batch.terminated, val, strict=True)])
+
+    def policy_loss(self):
+        obs = self.arrays.obs
+        if self.script is sac:
+            act, logp = squash(*np.split(forward(self.ac.pi.net, obs), 2, -1), self.noise[1])
+            return (self.ac.log_alpha.exp().item() * logp - values(self.ac.q, obs, act).min(0)).mean()
+        return -values(self.ac.q, obs, np.tanh(forward(self.ac.pi.net, obs)))[0].mean()
+
+
+def weights(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def changed(module, before):
+    """The names of the module's parameters that are no longer what they were."""
+    return {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+
+
+# Targets and losses
+
+
+def test_q_targets_by_hand():
+    """rew 1 and values 10 and 4 with gamma .9; the second transition ends the episode."""
+    rew, terminated = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.0, 1.0, 0.0])
+    q1, q2, logp = torch.tensor([10.0, 10.0, 4.0]), torch.tensor([4.0, 4.0, 10.0]), torch.tensor([-2.0, -2.0, 3.0])
+    assert ddpg.q_target(rew, terminated, q1, 0.9).tolist() == pytest.approx([10, 1, 4.6])
+    assert td3.q_target(rew, terminated, q1, q2, 0.9).tolist() == pytest.approx([4.6, 1, 4.6])
+    # .9 (4 + .5 * 2) + 1 and .9 (4 - .5 * 3) + 1
+    assert sac.q_target(rew, terminated, q1, q2, logp, 0.9, 0.5).tolist() == pytest.approx([5.5, 1, 3.25])
+
+
+def test_losses_by_hand():
+    x, y, zero = torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0]), torch.zeros(2)
+    assert ddpg.q_loss(x, zero).item() == pytest.approx(5)
+    assert td3.q_loss(x, y, zero).item() == sac.q_loss(x, y, zero).item() == pytest.approx(5 + 4)
+    assert ddpg.policy_loss(x).item() == td3.policy_loss(x).item() == -2
+    assert sac.policy_loss(x, y, torch.tensor([-1.0, 4.0]), 0.5).item() == pytest.approx(((-0.5 - 1) + (2 - 2)) / 2)
+
+
+def test_target_and_predictions_inside_update(script, monkeypatch):
+    """SAC with an alpha that is no longer the one of the command line; TD3 with noise that both clips have to cut."""
+    changes = dict(target_noise=1.0, noise_clip=0.7) if script is td3 else {}
+    learner, seen = Learner(script, **changes), []
+    if script is sac:
+        learner.ac.log_alpha.data.fill_(math.log(0.7))
+    monkeypatch.setattr(script, "q_loss", lambda *args, q_loss=script.q_loss: seen.append(args) or q_loss(*args))
+    expected, expected_target = values(learner.ac.q, learner.arrays.obs, learner.arrays.act), learner.target()
+    metrics = learner.update()
+    *predictions, target = seen[0]
+    assert len(seen) == 1 and target.tolist() == pytest.approx(expected_target, rel=1e-6)
+    assert not target.requires_grad
+    assert torch.stack(predictions).tolist() == [pytest.approx(q) for q in expected]
+    assert metrics["LossQ"] == [pytest.approx(((expected - expected_target) ** 2).mean(1).sum(), rel=1e-6)]
+
+
+def assert_step(learner, module, loss):
+    """One update changes the module's parameters by minus the gradient of loss()."""
+    before, grads = weights(module), numeric_gradient(loss, module.parameters())
+    learner.update()
+    for (name, p), grad in zip(module.named_parameters(), grads, strict=True):
+        assert torch.allclose(before[name] - p, grad, atol=1e-7) and grad.abs().max() > 1e-3
+
+
+def test_step_of_the_critics_is_the_gradient_with_a_fixed_target(script):
+    learner = Learner(script, pi_lr=0.0, alpha_lr=0.0)
+    batch, target = learner.arrays, learner.target()
+    assert_step(learner, learner.ac.q, lambda: ((values(learner.ac.q, batch.obs, batch.act) - target) ** 2).mean(1).sum())
+
+
+def test_step_of_the_policy_is_the_gradient_through_the_critic(script):
+    learner = Learner(script, q_lr=0.0, alpha_lr=0.0)
+    assert_step(learner, learner.ac.pi, learner.policy_loss)
+
+
+def test_each_step_leaves_the_other_networks_and_their_gradients_alone(script, monkeypatch):
+    learner, steps = Learner(script, autotune=True) if script is sac else Learner(script), []
+    gradient_step = script.gradient_step
+
+    def spy(optimizer, loss):
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        before = {n: (p.detach().clone(), copy.deepcopy(p.grad)) for n, p in learner.ac.named_parameters()}
+        gradient_step(optimizer, loss)
+        for name, p in learner.ac.named_parameters():
+            old, grad = before[name]
+            same_grad = p.grad is grad is None or grad is not None and torch.equal(p.grad, grad)
+            assert (torch.equal(p, old) and same_grad) == (id(p) not in own), name
+        steps.append(next(n for n, p in learner.ac.named_parameters() if id(p) in own).split(".")[0])
+
+    monkeypatch.setattr(script, "gradient_step", spy)
+    for _ in range(3):
+        learner.update()
+    assert sorted(set(steps)) == (["log_alpha", "pi", "q"] if script is sac else ["pi", "q"])
+    assert all(p.grad is None for p in learner.targ.parameters())
+
+
+def test_critics_give_no_trailing_dimension(script):
+    learner = Learner(script)
+    critics = [learner.ac.q] if script is ddpg else learner.ac.q
+    assert len({id(p) for q in critics for p in q.parameters()}) == (1 if script is ddpg else 2) * 4
+    assert all(q(learner.batch.obs, learner.batch.act).shape == (16,) for q in critics)
+
+
+def test_q_loss_refuses_shapes_that_would_broadcast(script):
+    n = 2 if script is ddpg else 3
+    script.q_loss(*[torch.zeros(5)] * n)
+    for i in range(n):
+        with pytest.raises(AssertionError):
+            script.q_loss(*(torch.zeros(5, 1) if j == i else torch.zeros(5) for j in range(n)))
+
+
+# SAC's distribution and temperature
+
+
+def test_log_probability_is_that_of_torch_distributions():
+    torch.manual_seed(0)
+    mu, log_std, noise = torch.randn(100, 3).double(), torch.randn(100, 3).double() / 2, torch.randn(100, 3).double()
+    act, logp = sac.squashed_gaussian(mu, log_std, noise)
+    base, squash = torch.distributions.Normal(mu, log_std.exp()), torch.distributions.TanhTransform()
+    expected = torch.distributions.TransformedDistribution(base, squash).log_prob(act).sum(-1)
+    assert act.shape == (100, 3) and torch.allclose(logp, expected, rtol=1e-6)
+    assert torch.allclose(act, torch.tanh(mu + log_std.exp() * noise))
+
+
+@pytest.mark.parametrize("mu, log_std", [(0.0, 0.0), (0.7, -0.5), (-1.0, -2.0)])
+def test_density_integrates_to_one(mu, log_std):
+    u = torch.linspace(-9, 9, 200_001, dtype=torch.float64).unsqueeze(-1)
+    mu, log_std = torch.full_like(u, mu), torch.full_like(u, log_std)
+    act, logp = sac.squashed_gaussian(mu, log_std, (u - mu) / log_std.exp())
+    assert torch.trapezoid(logp.exp(), act.squeeze(-1)).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_extreme_actions_have_finite_log_probabilities_and_gradients():
+    """Far out log(1 - tanh(u)^2) = log 4 - 2|u|; computed from tanh(u) it would be log 0."""
+    grid = torch.cartesian_prod(torch.tensor([-30.0, 30.0]), torch.linspace(-20, 2, 12), torch.linspace(-1.9, 1.9, 5))
+    mu, log_std, noise = (column.unsqueeze(-1).contiguous().requires_grad_() for column in grid.T)
+    act, logp = sac.squashed_gaussian(mu, log_std, noise)
+    logp.sum().backward()
+    u = (mu + log_std.exp() * noise).detach().double()
+    expected = -(noise**2) / 2 - log_std - 0.5 * math.log(2 * math.pi) - (math.log(4) - 2 * u.abs())
+    assert u.abs().min() > 15 and act.abs().max() <= 1
+    assert torch.allclose(logp.double(), expected.squeeze(-1), rtol=1e-5)
+    assert torch.allclose(mu.grad.double(), 2 * u.sign(), rtol=1e-5) and torch.isfinite(log_std.grad).all()
+
+
+def test_reparametrised_gradient():
+    torch.manual_seed(0)
+    mu, log_std = (torch.randn(6, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    noise = torch.randn(6, 2, dtype=torch.float64)
+    act, logp = sac.squashed_gaussian(mu, log_std, noise)
+    assert act.requires_grad and logp.requires_grad  # gradcheck would pass over what is detached
+    assert torch.autograd.gradcheck(lambda mu, log_std: sac.squashed_gaussian(mu, log_std, noise), (mu, log_std))
+
+
+def test_deviation_is_kept_between_its_bounds():
+    actor = sac.Actor(3, 2, (8,), nn.ReLU)
+    with torch.no_grad():
+        actor.net[-1].bias.copy_(torch.tensor([50.0, -50.0, 50.0, -50.0]))
+        mu, log_std = actor(torch.zeros(4, 3))
+    assert mu.tolist() == [pytest.approx([50, -50], abs=1)] * 4 and log_std.tolist() == [[2, -20]] * 4
+
+
+def test_alpha_loss_by_hand():
+    """-mean .5 (logp - 3) over the logp 1 and 2."""
+    assert sac.alpha_loss(torch.tensor(0.5), torch.tensor([1.0, 2.0]), 3).item() == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("entropy, rises", [(-2.1, True), (-1.9, False)])
+def test_alpha_seeks_an_entropy_of_minus_act_dim(entropy, rises):
+    log_alpha = nn.Parameter(torch.tensor(-1.6))
+    sac.gradient_step(torch.optim.Adam([log_alpha], 0.01), sac.alpha_loss(log_alpha, torch.full((8,), -entropy), 2))
+    assert (log_alpha.item() > -1.6) == rises
+
+
+@pytest.mark.parametrize("log_std, rises", [(-6.0, True), (-0.1, False)])
+def test_autotuned_alpha_follows_the_policys_entropy(log_std, rises):
+    """A narrow policy has less entropy than -2, one that is nearly uniform in the box has log 4. The step's size is by hand."""
+    learner = Learner(sac, autotune=True, alpha=0.3, pi_lr=0.0, alpha_lr=0.01)
+    with torch.no_grad():
+        learner.ac.pi.net[-1].weight.zero_()
+        learner.ac.pi.net[-1].bias.copy_(torch.tensor([0, 0, log_std, log_std]))
+    learner.update()
+    _, logp = squash(0.0, log_std, learner.noise[1])
+    assert learner.ac.log_alpha.item() == pytest.approx(math.log(0.3) + 0.01 * (logp.mean() - 2))
+    assert (learner.ac.log_alpha.exp().item() > 0.3) == rises
+
+
+@pytest.mark.parametrize("autotune", [False, True])
+def test_alpha_changes_only_if_asked(tmp_path, autotune):
+    ac = sac.train(small_off_policy(sac, tmp_path, exp_name="x", autotune=autotune, alpha=0.3))
+    assert (ac.log_alpha.exp().item() == pytest.approx(0.3)) != autotune
+    assert [float(row["Alpha"]) == pytest.approx(0.3) for row in rows(tmp_path / "x/x_s0")] == [not autotune] * 2
+
+
+# The replay buffer
+
+
+def fill(script, envs, size, num_steps, start_steps=0):
+    """Steps `envs` with a policy that numbers its actions (environment, time); returns buffer and (ep_rets, ep_lens)."""
+    times = iter(range(10_000))
+    ac = SimpleNamespace(
+        sample=lambda obs: torch.tensor([[i, time] for time in [next(times)] for i in range(len(envs))], dtype=torch.float32),
+        to_env=lambda act: np.zeros((len(envs), 2), np.float32),
+    )
+    buffer = script.ReplayBuffer(envs, size, np.random.default_rng(0))
+    return buffer, buffer.collect(ac, num_steps, start_steps)
+
+
+def stored(buffer, draws=3000):
+    """Counter of the transitions (obs, act, rew, next_obs, terminated) that sampling ever shows."""
+    torch.manual_seed(0)
+    batch = buffer.sample(draws, torch.device("cpu"))
+    assert [tuple(x.shape) for x in batch] == [(draws, 1), (draws, 2), (draws,), (draws, 1), (draws,)]
+    table = np.column_stack([x.numpy().reshape(draws, -1) for x in batch])
+    return Counter(map(tuple, table.tolist()))
+
+
+def transitions(env, length, num_steps, terminates=True):
+    """What Count shows in episodes of `length` steps."""
+    steps = [(t, t % length) for t in range(num_steps)]
+    return [(k, env, t, k + 1, k + 1, int(terminates and k + 1 == length)) for t, k in steps]
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 5, 6, 12, 13])
+def test_buffer_holds_exactly_the_last_transitions(script, num_steps):
+    """Five places; no transition leads from an episode's end into the next one, and empty places are never drawn."""
+    buffer, _ = fill(script, [gym.make("Count-v0")], 5, num_steps)
+    assert set(stored(buffer)) == set(transitions(0, 3, num_steps)[-5:])
+
+
+def test_every_stored_transition_is_drawn_equally_often(script):
+    for num_steps in (7, 20, 33):  # a part, all and more than what fits
+        buffer, _ = fill(script, [gym.make("Count-v0")], 20, num_steps)
+        counts, n = list(stored(buffer, 20_000).values()), min(num_steps, 20)
+        chi_squared = ((np.array(counts) - 20_000 / n) ** 2 / (20_000 / n)).sum()
+        assert len(counts) == n and chi_squared < 44  # 99.9% of them for n = 20
+
+
+def test_truncated_is_not_terminated(script):
+    """A limit of 2 steps: the last observation of each episode is the 2 that was seen, not the 0 after the reset."""
+    buffer, log = fill(script, [gym.make("Count-v0", max_episode_steps=2)], 100, 7)
+    assert set(stored(buffer)) == set(transitions(0, 2, 7, terminates=False))
+    assert log == ([3.0] * 3, [2] * 3)
+
+
+def test_termination_at_the_time_limit_is_termination(script):
+    buffer, _ = fill(script, [gym.make("Count-v0", max_episode_steps=3)], 100, 6)
+    assert set(stored(buffer)) == set(transitions(0, 3, 6))
+
+
+def test_environments_out_of_phase(script):
+    """Episodes of 3 and of 2 steps side by side; the ring of 9 is no multiple of their number."""
+    buffer, (ep_rets, ep_lens) = fill(script, [gym.make("Count-v0", length=3), gym.make("Count-v0", length=2)], 9, 7)
+    both = [x for pair in zip(transitions(0, 3, 7), transitions(1, 2, 7), strict=True) for x in pair]
+    assert set(stored(buffer)) == set(both[-9:])
+    assert (ep_rets, ep_lens) == ([3, 6, 3, 6, 3], [2, 3, 2, 3, 2]) and buffer.steps == 14
+
+
+def test_episodes_go_on_across_calls(script):
+    envs = [gym.make("Count-v0", length=3), gym.make("Count-v0", length=2)]
+    ac = SimpleNamespace(sample=lambda obs: torch.zeros(2, 2), to_env=lambda act: act.numpy())
+    buffer = script.ReplayBuffer(envs, 50, np.random.default_rng(0))
+    logs = [tuple(buffer.collect(ac, 1, 0)) for _ in range(6)]
+    assert logs == [([], []), ([3], [2]), ([6], [3]), ([3], [2]), ([], []), ([6, 3], [3, 2])]
+
+
+def test_policy_sees_what_the_environment_shows(script):
+    seen = []
+    ac = SimpleNamespace(sample=lambda obs: seen.append(obs.copy()) or torch.zeros(2, 2), to_env=lambda act: act.numpy())
+    envs = [gym.make("Count-v0", length=3), gym.make("Count-v0", max_episode_steps=2)]
+    script.ReplayBuffer(envs, 50, np.random.default_rng(0)).collect(ac, 5, 0)
+    assert np.array(seen)[:, :, 0].T.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 0]]
+
+
+# Actions
+
+
+def acting(script, act_space=Asymmetric.action_space, **changes):
+    """An ActorCritic whose policy says (.5, -.25) within -1 and 1, before any noise, for every observation."""
+    torch.manual_seed(0)
+    ac = script.ActorCritic(Box(-np.inf, np.inf, (1,)), act_space, small_off_policy(script, "unused", **changes))
+    with torch.no_grad():
+        ac.pi.net[-1].weight.zero_()
+        ac.pi.net[-1].bias[:2] = torch.atanh(torch.tensor([0.5, -0.25]))
+    return ac
+
+
+def assert_independent(x):
+    """The columns of x (n, 2), and each with itself a row later, are uncorrelated."""
+    table = np.column_stack([x[1:], x[:-1]])
+    assert np.abs(np.corrcoef(table.T) - np.eye(4)).max() < 4 / math.sqrt(len(x))
+
+
+def refuse(obs):
+    raise AssertionError("the policy was asked")
+
+
+def test_first_actions_are_uniform_in_the_whole_box(script):
+    env, ac = gym.make("Asymmetric-v0"), acting(script)
+    ac.sample = refuse
+    script.ReplayBuffer([env], 10, np.random.default_rng(0)).collect(ac, 4000, 4000)
+    act = np.array(env.unwrapped.actions)
+    for i in range(2):
+        counts, _ = np.histogram(act[:, i], 20, (LOW[i], HIGH[i]))
+        assert counts.sum() == 4000 and ((counts - 200) ** 2 / 200).sum() < 44  # 99.9% of chi squared
+    assert act.mean(0) == pytest.approx(MIDDLE, abs=0.1) and act.var(0) == pytest.approx((HIGH - LOW) ** 2 / 12, rel=0.05)
+    assert_independent(act)
+
+
+def test_policy_takes_over_after_the_first_actions(script):
+    """10 steps of 2 environments, in two calls: 5 actions of each are random, and the others the policy's."""
+    envs, ac = [gym.make("Asymmetric-v0") for _ in range(2)], acting(script)
+    ac.sample = lambda obs: torch.tensor([[0.5, -0.25]] * len(obs))
+    buffer = script.ReplayBuffer(envs, 100, np.random.default_rng(0))
+    for _ in range(2):
+        buffer.collect(ac, 4, start_steps=10)
+    for env in envs:
+        from_policy = [act == pytest.approx([2.0, 0.1875]) for act in env.unwrapped.actions]
+        assert from_policy == [False] * 5 + [True] * 3
+
+
+@pytest.mark.parametrize("start_steps", [0, 20])
+def test_buffer_holds_the_action_within_minus_one_and_one(script, start_steps):
+    """Random or the policy's own, with its noise: what the environment got, in units of its box."""
+    env, ac = gym.make("Asymmetric-v0"), acting(script)
+    buffer = script.ReplayBuffer([env], 20, np.random.default_rng(0))
+    buffer.collect(ac, 20, start_steps)
+    act = np.unique(buffer.sample(2000, torch.device("cpu")).act.numpy(), axis=0)
+    expected = (np.array(env.unwrapped.actions) - MIDDLE) / HALF_WIDTH
+    assert act == pytest.approx(expected[np.argsort(expected[:, 0])], abs=1e-6)
+
+
+@deterministic_policies
+def test_noise_of_behaviour_is_in_half_widths(script):
+    act = acting(script, act_noise=0.1).act(np.zeros((20_000, 1)))
+    assert act.shape == (20_000, 2) and act.dtype == np.float32
+    assert act.mean(0) == pytest.approx([2.0, 0.1875], abs=0.01)
+    assert act.std(0) == pytest.approx(0.1 * HALF_WIDTH, rel=0.03)
+    assert_independent(act)
+
+
+def test_squashed_gaussian_of_behaviour():
+    ac = acting(sac)
+    with torch.no_grad():
+        ac.pi.net[-1].bias[2:] = torch.tensor([0.5, 0.1]).log()
+    u = np.arctanh(ac.sample(np.zeros((20_000, 1))).numpy())
+    assert u.mean(0) == pytest.approx(np.arctanh([0.5, -0.25]), abs=0.02) and u.std(0) == pytest.approx([0.5, 0.1], rel=0.03)
+    assert_independent(u)
+
+
+@pytest.mark.parametrize("space", [Count.action_space, Asymmetric.action_space])
+def test_actions_stay_inside_the_box_under_any_noise(script, space):
+    ac = acting(script, space, **({} if script is sac else dict(act_noise=5.0)))
+    if script is sac:
+        ac.pi.net[-1].bias.data[2:] = 2.0
+    obs = np.zeros((1000, 1))
+    act = ac.act(obs)
+    assert all(space.contains(row) for row in act)
+    assert (act.min(0) < space.low + 0.01).all() and (act.max(0) > space.high - 0.01).all()
+    assert ac.sample(obs).abs().max() <= 1
+    assert ac.to_env(torch.tensor([[-1.0, -1.0], [1.0, 1.0], [0.0, 0.0]])) == pytest.approx(
+        np.array([space.low, space.high, (space.low + space.high) / 2])
+    )
+
+
+def test_deterministic_actions_have_no_noise(script):
+    ac = acting(script)
+    assert ac.act(np.zeros((5, 1)), deterministic=True) == pytest.approx(np.array([[2.0, 0.1875]] * 5))
+    learner = Learner(script)
+    learner.ac.float()
+    obs = np.random.default_rng(0).normal(size=(20, 3))
+    act = np.tanh(forward(learner.ac.pi.net, obs)[:, :2])
+    assert learner.ac.act(obs, deterministic=True) == pytest.approx(MIDDLE + HALF_WIDTH * act, abs=1e-5)
+
+
+def test_target_noise_is_independent_in_each_entry():
+    torch.manual_seed(0)
+    act = td3.smooth(torch.tensor([0.1, -0.2]).repeat(20_000, 1), 0.1, 10.0).numpy()
+    assert act.shape == (20_000, 2)
+    assert act.mean(0) == pytest.approx([0.1, -0.2], abs=0.005) and act.std(0) == pytest.approx(0.1, rel=0.03)
+    assert_independent(act)
+
+
+def test_target_noise_and_its_result_are_clipped():
+    torch.manual_seed(0)
+    noise = td3.smooth(torch.zeros(20_000, 2), 0.2, 0.3)
+    at_limit = (noise.abs() == noise.abs().max()).float().mean().item()
+    assert noise.max().item() == -noise.min().item() == pytest.approx(0.3)
+    assert at_limit == pytest.approx(math.erfc(1.5 / math.sqrt(2)), rel=0.1)  # P(|N(0, 1)| > .3 / .2)
+    for sign in (-1, 1):
+        act = sign * td3.smooth(torch.full((1000, 2), 0.9 * sign), 0.2, 0.3)
+        assert act.max() == 1 and 0.6 <= act.min() + 1e-6 < 0.7
+
+
+# Targets that follow, and the delayed policy
+
+
+def test_polyak_average_by_hand(script):
+    module, target = nn.Linear(2, 1), nn.Linear(2, 1)
+    for layer, x in ((module, 1.0), (target, 3.0)):
+        nn.init.constant_(layer.weight, x)
+        nn.init.constant_(layer.bias, -x)
+    script.polyak_average(module, target, 0.9)
+    assert target.weight.tolist() == [pytest.approx([2.8, 2.8])] and target.bias.tolist() == pytest.approx([-2.8])
+    assert module.weight.tolist() == [[1, 1]] and module.bias.tolist() == [-1]
+
+
+def test_targets_move_towards_the_updated_networks(script):
+    learner = Learner(script, pi_lr=0.1, q_lr=0.1)
+    before = weights(learner.targ)
+    learner.update()
+    online = weights(learner.ac.q if script is sac else learner.ac)
+    for name, p in learner.targ.named_parameters():
+        assert torch.allclose(p, 0.75 * before[name] + 0.25 * online[name])
+
+
+@pytest.mark.parametrize("update_policy", [False, True])
+def test_td3_updates_actor_and_targets_only_when_told(update_policy):
+    learner = Learner(td3)
+    ac, targ = weights(learner.ac), weights(learner.targ)
+    metrics = learner.update(update_policy)
+    names = set(ac)
+    assert changed(learner.ac, ac) == (names if update_policy else {n for n in names if n.startswith("q.")})
+    assert changed(learner.targ, targ) == (names if update_policy else set())
+    assert ("LossPi" in metrics) == update_policy
+
+
+def spy_on_update(script, monkeypatch):
+    """A list that gets, for each update of a run, the networks and targets before it and which of them it changed."""
+    update, calls = script.update, []
+
+    def spy(ac, targ, *rest):
+        before = weights(ac), weights(targ)
+        metrics = update(ac, targ, *rest)
+        calls.append((*before, changed(ac, before[0]), changed(targ, before[1])))
+        return metrics
+
+    monkeypatch.setattr(script, "update", spy)
+    return calls
+
+
+def test_targets_start_equal_and_follow_in_a_run(script, tmp_path, monkeypatch):
+    """TD3's actor and targets change in every third update, the critics and what the other scripts have in all of them."""
+    calls = spy_on_update(script, monkeypatch)
+    script.train(small_off_policy(script, tmp_path, total_steps=200, **(dict(policy_delay=3) if script is td3 else {})))
+    ac, targ, _, _ = calls[0]
+    assert len(calls) > 90 and len(targ) > 0
+    assert all(torch.equal(p, ac["q." + name if script is sac else name]) for name, p in targ.items())
+    first = next(k for k, call in enumerate(calls) if call[3])  # which update it is does not matter
+    assert first < (3 if script is td3 else 1)
+    for k, (ac, targ, changes, targ_changes) in enumerate(calls):
+        turn = script is not td3 or k % 3 == first
+        assert changes == {name for name in ac if name.startswith("q.") or turn and name.startswith("pi.")}
+        assert targ_changes == (set(targ) if turn else set())
+
+
+# Whole runs
+
+
+@pytest.mark.parametrize("num_envs", [1, 4])
+@pytest.mark.parametrize("update_every", [50, 7, 1])
+def test_as_many_updates_as_steps(script, tmp_path, monkeypatch, update_every, num_envs):
+    """After `update_after` steps every block of steps is followed by as many updates."""
+    store, update, steps, updates = script.ReplayBuffer.store, script.update, [], Counter()
+
+    def spy_update(*args):
+        updates[len(steps)] += 1
+        return update(*args)
+
+    monkeypatch.setattr(script.ReplayBuffer, "store", lambda *args: steps.append(1) or store(*args))
+    monkeypatch.setattr(script, "update", spy_update)
+    options = dict(update_every=update_every, num_envs=num_envs, total_steps=208, steps_per_epoch=104)
+    script.train(small_off_policy(script, tmp_path, env_id="Count-v0", exp_name="x", **options))
+    assert len(steps) == 208 and rows(tmp_path / "x/x_s0")[-1]["TotalEnvInteracts"] == "208"
+    assert all(0 < n <= math.ceil(update_every / num_envs) * num_envs for n in updates.values())
+    first = min(updates)
+    assert first - updates[first] < 100 <= first and max(updates) == 208
+    ends = sorted(updates)
+    assert all(updates[end] == end - last for last, end in zip(ends[:-1], ends[1:], strict=True))
+
+
+def test_test_episodes_are_deterministic_and_counted_right(script):
+    class Policy:
+        def act(self, obs, deterministic=False):
+            assert deterministic and obs.shape == (1, 1)
+            return np.zeros((1, 2), np.float32)
+
+    assert script.test(Policy(), gym.make("Count-v0"), 2) == ([6.0, 6.0], [3, 3])
+    assert script.test(Policy(), gym.make("Count-v0", max_episode_steps=2), 1) == ([3.0], [2])
+    assert script.test(Policy(), gym.make("Count-v0"), 0) == ([], [])
+
+
+def test_test_episodes_leave_the_training_alone(script, tmp_path):
+    tables, networks = [], []
+    for n in (0, 3):
+        networks.append(script.train(small_off_policy(script, tmp_path, exp_name=f"x{n}", num_test_episodes=n)))
+        tables.append(rows(tmp_path / f"x{n}/x{n}_s0"))
+    columns = {name for name in tables[0][0] if "Test" in name}
+    assert columns == {*"AverageTestEpRet StdTestEpRet MaxTestEpRet MinTestEpRet TestEpLen".split()}
+    assert {row[name] for row in tables[0] for name in columns} == {""}
+    assert all(float(row["MinTestEpRet"]) <= float(row["AverageTestEpRet"]) < 0 for row in tables[1])
+    assert {row["TestEpLen"] for row in tables[1]} == {"50.0"}
+    without = [[{name: row[name] for name in row if name not in columns} for row in table] for table in tables]
+    assert without[0] == without[1] and len(without[0]) == 2
+    assert all(torch.equal(a, b) for a, b in zip(*(ac.parameters() for ac in networks), strict=True))
+
+
+def test_same_seed_same_rows_and_weights(script, tmp_path):
+    runs = [script.train(small_off_policy(script, tmp_path, exp_name="x", seed=seed)) for seed in (0, 0, 1)]
+    first, second, other = ([p.detach() for name, p in ac.named_parameters() if name != "log_alpha"] for ac in runs)
+    a, b, c = (rows(tmp_path / "x" / name) for name in ("x_s0", "x_s0_1", "x_s1"))
+    assert a == b and all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert all(x != y for x, y in zip(a, c, strict=True))
+    assert not any(torch.equal(x, z) for x, z in zip(first, other, strict=True))
+
+
+def test_rows_before_the_first_update_are_blank(script, tmp_path):
+    options = dict(total_steps=200, steps_per_epoch=100, update_after=150)
+    script.train(small_off_policy(script, tmp_path, exp_name="x", **options))
+    first, second = rows(tmp_path / "x/x_s0")
+    columns = [name for name in first if name.startswith("Loss") or "Vals" in name]
+    assert {"LossPi", "LossQ"} < set(columns) and {first[name] for name in columns} == {""}
+    assert all(math.isfinite(float(second[name])) for name in columns)
+
+
+@pytest.mark.parametrize(
+    "env_id, goal, changes",
+    [
+        ("Pendulum-v1", -350, dict(total_steps=5000, steps_per_epoch=5000, start_steps=1000, gamma=0.95)),
+        ("InvertedPendulum-v4", 30, dict(total_steps=4000, steps_per_epoch=4000, start_steps=500, update_after=200)),
+    ],
+    ids=["Pendulum", "InvertedPendulum"],
+)
+def test_learns(script, tmp_path, env_id, goal, changes):
+    """A random policy gets -1200 on Pendulum and 6 on InvertedPendulum, where every step pays 1 until it falls."""
+    options = dict(hidden_sizes=(64, 64), batch_size=64, polyak=0.98, num_test_episodes=0, seed=0)
+    ac = script.train(script.Args(env_id=env_id, data_dir=str(tmp_path), **options, **changes))
+    assert np.mean(script.test(ac, gym.make(env_id), 10)[0]) > goal
+
+
+def test_discrete_actions_are_refused(script, tmp_path):
+    with pytest.raises(RunError) as error:
+        script.train(small_off_policy(script, tmp_path, env_id="CartPole-v1"))
+    assert all(word in str(error.value) for word in ("CartPole-v1", "Discrete(2)", "vpg.py", "trpo.py", "ppo.py"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# Copies
+
+
+@pytest.mark.parametrize("name", "Batch ReplayBuffer mlp Critic polyak_average gradient_step test".split())
+def test_copies_are_one_text(name):
+    assert len({inspect.getsource(getattr(script, name)) for script in OFF_POLICY}) == 1
+
+
+@pytest.mark.parametrize("name", ["to_env", "act"])
+def test_copied_methods_are_one_text(name):
+    assert len({inspect.getsource(getattr(script.ActorCritic, name)) for script in OFF_POLICY}) == 1
+
+
+def test_td3_shares_its_policy_with_ddpg():
+    assert inspect.getsource(td3.Actor) == inspect.getsource(ddpg.Actor)
+    assert inspect.getsource(td3.ActorCritic.sample) == inspect.getsource(ddpg.ActorCritic.sample)
+    assert inspect.getsource(td3.q_loss) == inspect.getsource(sac.q_loss)
+
+
+def test_every_argument_is_read(script):
+    source = inspect.getsource(script) + inspect.getsource(make_env)
+    for name in script.Args.__annotations__:
+        assert f"args.{name}" in source, name
