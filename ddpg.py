@@ -233,7 +233,8 @@ def test(ac, env, num_episodes):
 def train(args):
     """Train as `args` (an Args) says and return the ActorCritic. Raises RunError for what cannot work."""
     num_envs = max(args.num_envs, mpi.size())
-    check(args, (Box,), num_envs=min(args.num_envs, mpi.size()), steps_per_epoch=num_envs, batch_size=mpi.size())
+    ranks = mpi.size()
+    check(args, (Box,), num_envs=min(args.num_envs, ranks), steps_per_epoch=num_envs, batch_size=ranks, replay_size=ranks)
     use_processor(args)
     seeds = mpi.seed_everything(args.seed)
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(num_envs // mpi.size())]

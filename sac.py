@@ -260,7 +260,8 @@ def test(ac, env, num_episodes):
 def train(args):
     """Train as `args` (an Args) says and return the ActorCritic. Raises RunError for what cannot work."""
     num_envs = max(args.num_envs, mpi.size())
-    check(args, (Box,), num_envs=min(args.num_envs, mpi.size()), steps_per_epoch=num_envs, batch_size=mpi.size())
+    ranks = mpi.size()
+    check(args, (Box,), num_envs=min(args.num_envs, ranks), steps_per_epoch=num_envs, batch_size=ranks, replay_size=ranks)
     use_processor(args)
     seeds = mpi.seed_everything(args.seed)
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(num_envs // mpi.size())]
@@ -269,7 +270,7 @@ def train(args):
     q_targ = copy.deepcopy(ac.q).requires_grad_(False)
     pi_optimizer = torch.optim.Adam(ac.pi.parameters(), lr=args.pi_lr, fused=True)
     q_optimizer = torch.optim.Adam(ac.q.parameters(), lr=args.q_lr, fused=True)
-    alpha_optimizer = torch.optim.Adam([ac.log_alpha], lr=args.pi_lr)
+    alpha_optimizer = torch.optim.Adam([ac.log_alpha], lr=args.pi_lr, fused=True)
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
     buffer = ReplayBuffer(envs, min(args.replay_size, epochs * args.steps_per_epoch) // mpi.size(), seeds)
     test_env = make_env(args.env_id, args.max_ep_len)

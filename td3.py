@@ -219,6 +219,7 @@ def update(ac, ac_targ, pi_optimizer, q_optimizer, batch, args, update_policy):
     loss_q = q_loss(q1, q2, target)
     gradient_step(q_optimizer, loss_q)
     metrics = dict(Q1Vals=q1.tolist(), Q2Vals=q2.tolist(), LossQ=[loss_q.item()])
+
     if update_policy:
         loss_pi = policy_loss(ac.q[0](batch.obs, ac.pi(batch.obs)))
         gradient_step(pi_optimizer, loss_pi)
@@ -245,7 +246,8 @@ def test(ac, env, num_episodes):
 def train(args):
     """Train as `args` (an Args) says and return the ActorCritic. Raises RunError for what cannot work."""
     num_envs = max(args.num_envs, mpi.size())
-    check(args, (Box,), num_envs=min(args.num_envs, mpi.size()), steps_per_epoch=num_envs, batch_size=mpi.size())
+    ranks = mpi.size()
+    check(args, (Box,), num_envs=min(args.num_envs, ranks), steps_per_epoch=num_envs, batch_size=ranks, replay_size=ranks)
     use_processor(args)
     seeds = mpi.seed_everything(args.seed)
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(num_envs // mpi.size())]
@@ -259,6 +261,7 @@ def train(args):
     test_env = make_env(args.env_id, args.max_ep_len)
     test_env.reset(seed=int(seeds.integers(2**31)))
     block = math.ceil(args.update_every / num_envs) * num_envs  # steps between two blocks of as many updates
+
     state = dict(ac=ac, ac_targ=ac_targ, pi_optimizer=pi_optimizer, q_optimizer=q_optimizer)
     with Logger(args, __file__) as logger:
         for epoch in logger.epochs(epochs, **state, buffer=buffer, test_env=test_env):

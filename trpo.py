@@ -362,14 +362,14 @@ def train(args):
     mpi.broadcast(ac)
     optimizer = torch.optim.Adam(ac.v.parameters(), args.vf_lr, eps=1e-5, fused=True)
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 - epoch / epochs)
     buffer = Buffer(envs, args.steps_per_epoch // args.num_envs, seeds)
 
     with Logger(args, __file__) as logger:
-        for epoch in logger.epochs(epochs, ac=ac, optimizer=optimizer, scheduler=scheduler, buffer=buffer):
+        for epoch in logger.epochs(epochs, ac=ac, optimizer=optimizer, buffer=buffer):
+            for group in optimizer.param_groups:
+                group["lr"] = args.vf_lr * (1 - epoch / epochs)
             ep_rets, ep_lens = buffer.collect(ac)
             metrics = update(ac, optimizer, buffer.batch(ac), args)
-            scheduler.step()
             ac.obs_stats.update(torch.as_tensor(buffer.obs, device=ac.device))  # not earlier: pi_old is the policy that acted
             logger.log(Epoch=epoch, EpRet=ep_rets, EpLen=ep_lens, TotalEnvInteracts=buffer.steps, **metrics)
     return ac

@@ -305,14 +305,14 @@ def train(args):
     groups = [{"params": ac.pi.parameters(), "lr": args.pi_lr}, {"params": ac.v.parameters(), "lr": args.vf_lr}]
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 - epoch / epochs)
     buffer = Buffer(envs, args.steps_per_epoch // args.num_envs, seeds)
 
     with Logger(args, __file__) as logger:
-        for epoch in logger.epochs(epochs, ac=ac, optimizer=optimizer, scheduler=scheduler, buffer=buffer):
+        for epoch in logger.epochs(epochs, ac=ac, optimizer=optimizer, buffer=buffer):
+            for group, lr in zip(optimizer.param_groups, (args.pi_lr, args.vf_lr), strict=True):
+                group["lr"] = lr * (1 - epoch / epochs)
             ep_rets, ep_lens = buffer.collect(ac)
             metrics = update(ac, optimizer, buffer.batch(ac), args)
-            scheduler.step()
             ac.obs_stats.update(torch.as_tensor(buffer.obs, device=ac.device))  # not earlier: pi_old is the policy that acted
             logger.log(Epoch=epoch, EpRet=ep_rets, EpLen=ep_lens, TotalEnvInteracts=buffer.steps, **metrics)
     return ac

@@ -36,6 +36,7 @@ PEERS_SETTINGS = {  # of ours, so that both do the same work
     "trpo.py": "--num-envs 1 --steps-per-epoch 2048 --minibatch-size 128 --train-v-iters 10 --cg-iters 15",
     "ppo.py": "--num-envs 1 --steps-per-epoch 2048 --minibatch-size 64 --train-iters 10",
 } | dict.fromkeys(OFF_POLICY, "--num-envs 1 --batch-size 256 --hidden-sizes 256 256")
+PEERS_SETTINGS["sac.py"] += " --autotune"
 PEER_OPTIONS = dict.fromkeys(
     OFF_POLICY, "policy_kwargs=dict(net_arch=[256, 256]), batch_size=256, train_freq=1, gradient_steps=1"
 )

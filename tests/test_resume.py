@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -188,6 +189,62 @@ else:
     assert same(path, run_dir(tmp_path / "whole"))
     with pytest.raises(RunError, match="2 ranks, not 1"):
         script.train(script.Args(resume=str(path)))
+
+
+def test_learning_rates_of_a_longer_run_fall_to_the_new_end(tmp_path, monkeypatch):
+    ppo.train(tiny(ppo, tmp_path))
+    rates, update = [], ppo.update
+
+    def spy(ac, optimizer, *rest):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return update(ac, optimizer, *rest)
+
+    monkeypatch.setattr(ppo, "update", spy)
+    args = ppo.Args(resume=str(run_dir(tmp_path)), total_steps=1200)
+    ppo.train(args)
+    assert rates == pytest.approx([args.pi_lr * f for f in (0.5, 0.4, 0.3, 0.2, 0.1)])
+
+
+def test_a_shorter_run(tmp_path, stop, capsys):
+    """Fewer steps than planned, of which some are done, are a run of that many; fewer than are done, an error."""
+    td3.train(tiny(td3, tmp_path / "whole", total_steps=360))
+    stop("store", 4)
+    with pytest.raises(SystemExit):
+        td3.train(tiny(td3, tmp_path / "cut"))
+    cut = run_dir(tmp_path / "cut")
+    with pytest.raises(RunError, match="--total-steps 100: the run has done 120 already"):
+        td3.train(td3.Args(resume=str(cut), total_steps=100))
+    td3.train(td3.Args(resume=str(cut), total_steps=360))
+    assert same(cut, run_dir(tmp_path / "whole"))
+    before = rows(cut)
+    td3.train(td3.Args(resume=str(cut)))
+    assert "nothing to do" in capsys.readouterr().out and rows(cut) == before
+
+
+def test_environment_that_remembers_more_is_refused():
+    """Broken shows 7 at the 150th step of all its episodes; one that has just begun does not."""
+    env, other = (logger.Repeatable(gym.make("Broken-v0", where="observation", bad=7.0)) for _ in range(2))
+    env.reset(seed=0)
+    for _ in range(150):
+        obs, _, terminated, *_ = env.step(env.action_space.sample())
+        saved = env.state_dict()
+        if terminated:
+            env.reset()
+    assert obs == [7.0]
+    with pytest.raises(RunError, match="Broken-v0 cannot be brought back"):
+        other.load_state_dict(saved)
+
+
+def test_half_a_checkpoint_of_several_ranks_is_not_used_and_deleted(tmp_path):
+    ppo.train(tiny(ppo, tmp_path))
+    path = run_dir(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (good,) = (path / "checkpoint").iterdir()
+    stale = path / "checkpoint/900_rank0.pt.part"
+    stale.write_bytes(b"half")
+    assert config["ranks"] == 1
+    ppo.train(ppo.Args(resume=str(path)))
+    assert list((path / "checkpoint").iterdir()) == [good]
 
 
 def test_a_longer_run(tmp_path):

@@ -156,6 +156,8 @@ def _check_off_policy(args, obs_space, act_space):
         )
     if args.start_steps >= args.total_steps and mpi.rank() == 0:
         print(f"warning: --start-steps {args.start_steps}: all {args.total_steps} steps will be random", file=sys.stderr)
+    if args.update_after > args.total_steps and mpi.rank() == 0:
+        print(f"warning: --update-after {args.update_after}: no update in {args.total_steps} steps", file=sys.stderr)
     transition = 4 * (2 * obs_space.shape[0] + act_space.shape[0] + 2)  # bytes
     needed, free = transition * min(args.replay_size, args.total_steps), _free_memory()
     if needed > free:
@@ -200,8 +202,9 @@ def use_processor(args):
     torch.set_num_threads(args.torch_threads)
     torch.set_float32_matmul_precision("medium" if args.fast_matmul else "highest")
     if args.fast_matmul:
-        x, y = torch.linspace(-1, 1, 2**16).reshape(2, 256, 128).double()
-        error = ((x.float() @ y.T.float()).double() - x @ y.T).abs().max() / (x.abs() @ y.T.abs()).max()
+        x, y = torch.linspace(-1, 1, 2**16).reshape(2, 256, 128)
+        product = (x.to(args.device) @ y.T.to(args.device)).cpu()
+        error = (product - x.double() @ y.T.double()).abs().max() / (x.abs() @ y.T.abs()).max()
         if error > 1e-5:  # 1e-6 is float32's, 2e-3 bfloat16's
             raise RunError(f"--fast-matmul: this processor would round to a relative error of {error:.0e}; leave it out")
 
@@ -213,23 +216,27 @@ class Repeatable(gym.Wrapper):
     def reset(self, *, seed=None, options=None):
         self.start = json.dumps([seed, None if seed is not None else self.unwrapped.np_random.bit_generator.state])
         self.actions = []
-        return self.env.reset(seed=seed, options=options)
+        self.obs, info = self.env.reset(seed=seed, options=options)
+        return self.obs, info
 
     def step(self, action):
-        self.actions.append(action)
-        return self.env.step(action)
+        self.actions.append(np.copy(action))
+        self.obs, *rest = self.env.step(action)
+        return self.obs, *rest
 
     def state_dict(self):
-        return dict(start=self.start, actions=torch.as_tensor(np.array(self.actions)))
+        return dict(start=self.start, actions=torch.as_tensor(np.array(self.actions)), obs=torch.as_tensor(np.array(self.obs)))
 
     def load_state_dict(self, state):
         seed, random_state = json.loads(state["start"])
         if random_state is not None:
             self.unwrapped.np_random.bit_generator.state = random_state
-        self.env.reset(seed=seed)
+        self.obs, _ = self.env.reset(seed=seed)
         self.start, self.actions = state["start"], list(state["actions"].numpy())
         for action in self.actions:
-            self.env.step(action)
+            self.obs, *_ = self.env.step(action)
+        if not np.array_equal(self.obs, state["obs"].numpy()):
+            raise RunError(f"--resume: {self.spec.id} cannot be brought back to its state; it depends on more than `np_random`")
 
 
 def make_env(env_id, max_ep_len=None):
@@ -269,7 +276,10 @@ class Logger:
 
     def _open(self):
         with _writing(self.dir / "config.json"):
-            (self.dir / "config.json.part").write_text(json.dumps(self.config, indent=2) + "\n")
+            with open(self.dir / "config.json.part", "w") as file:
+                file.write(json.dumps(self.config, indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(self.dir / "config.json.part", self.dir / "config.json")
             self.progress = open(self.dir / "progress.txt", "a", newline="\n")
         if self.args.track:
@@ -286,25 +296,34 @@ class Logger:
         """
         self.state, self.epoch = state, 0
         if self.args.resume is not None:
-            self._restore()
+            self._restore(count)
             if mpi.rank() == 0:
                 self._open()
+                if self.epoch == count:
+                    print(f"nothing to do: the run has its {self.last_steps:,} steps; --total-steps makes it longer", flush=True)
         while self.epoch < count:
             yield self.epoch
             self.epoch += 1
-            if (self.epoch - 1) % self.args.save_freq == 0 or self.epoch == count:
+            interrupted = self._is_interrupted()
+            regular = (self.epoch - 1) % self.args.save_freq == 0 or self.epoch == count
+            if regular or interrupted:
                 self.save_model(state["ac"])
-                if self.args.keep_checkpoints and mpi.rank() == 0:
+                if regular and self.args.keep_checkpoints and mpi.rank() == 0:
                     with _writing(self.dir / f"model_{self.epoch - 1}.pt") as path:
-                        shutil.copyfile(self.dir / "model.pt", path)
+                        shutil.copyfile(self.dir / "model.pt", f"{path}.part")
+                        os.replace(f"{path}.part", path)
                 self.save_checkpoint()
-            self._stop_if_interrupted()
+            if interrupted and self.epoch < count:
+                raise Interrupted
 
     def store(self, **metrics):
         """Keep lists of numbers for the next row; they add up until it is written."""
         for name, values in metrics.items():
             self.stored.setdefault(name, []).extend(values)
-        self._stop_if_interrupted()
+        if self.state and self._is_interrupted():
+            self.save_model(self.state["ac"])
+            self.save_checkpoint()
+            raise Interrupted
 
     def log(self, **metrics):
         """Write one row; collective over the ranks.
@@ -361,25 +380,34 @@ class Logger:
         folder = self.dir / "checkpoint"
         with _writing(folder):
             folder.mkdir(exist_ok=True)
+            if self.progress:
+                os.fsync(self.progress.fileno())
         _save(dict(run=run, random=_random_state(), state=_pack(self.state)), folder / f"{self.saves}_rank{mpi.rank()}.pt")
         mpi.average(0.0)  # waits for all ranks
-        for path in folder.glob(f"*_rank{mpi.rank()}.pt*"):
+        self._delete_other_checkpoints()
+
+    def _delete_other_checkpoints(self):
+        for path in (self.dir / "checkpoint").glob(f"*_rank{mpi.rank()}.pt*"):
             if path.name != f"{self.saves}_rank{mpi.rank()}.pt":
                 path.unlink()
 
-    def _restore(self):
+    def _restore(self, count):
         """Bring `state`, the random states and the log back to the newest checkpoint that all ranks have written."""
         saves = [path.name.removesuffix("_rank0.pt") for path in (self.dir / "checkpoint").glob("*_rank0.pt")]
         saves = sorted((int(n) for n in saves if n.isdigit()), reverse=True)
         files = [[self.dir / "checkpoint" / f"{n}_rank{rank}.pt" for rank in range(mpi.size())] for n in saves]
         complete = [paths for paths in files if all(path.exists() for path in paths)]
         if not complete:
-            raise RunError(f"--resume {self.dir}: {self.dir / 'checkpoint'} holds no checkpoint")
+            raise RunError(f"--resume {self.dir}: {self.dir / 'checkpoint'} holds no checkpoint; start a new run")
         path = complete[0][mpi.rank()]
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             run = saved["run"]
+            if run["epoch"] + bool(run["stored"]) > count:
+                raise RunError(f"--total-steps {self.args.total_steps}: the run has done {run['last_steps']:,} already")
             _unpack(self.state, saved["state"])
+        except RunError:
+            raise
         except Exception as error:  # whatever a broken or foreign file brings about
             raise RunError(f"--resume {self.dir}: cannot use {path}: {_first_line(error)}") from error
         self.epoch, self.saves, self.last_steps = run["epoch"], run["saves"], run["last_steps"]
@@ -390,6 +418,8 @@ class Logger:
                 raise RunError(f"--resume {self.dir}: progress.txt lacks rows that were there at the checkpoint")
             with _writing(rows):
                 os.truncate(rows, run["rows_end"])  # rows after the checkpoint will come again
+        mpi.check_equal(self.state["ac"])
+        self._delete_other_checkpoints()  # a half one, of which this run would come to write the other half
         _set_random_state(saved["random"])
         self.start, self.last_time = time.time() - run["elapsed"], time.time() - run["since_row"]
 
@@ -411,11 +441,8 @@ class Logger:
             raise RunError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no film")
         wandb.log({"video": package.Video(str(path), format="mp4")})
 
-    def _stop_if_interrupted(self):
-        if self.state and mpi.average(float(self.interrupted)) > 0:
-            self.save_model(self.state["ac"])
-            self.save_checkpoint()
-            raise Interrupted
+    def _is_interrupted(self):
+        return mpi.average(float(self.interrupted)) > 0
 
     def _interrupt(self, signum, frame):
         if self.interrupted:
@@ -441,7 +468,7 @@ class Logger:
             if self.args.wandb_video and kind is None:
                 self._track(self._film)
             self._track(lambda wandb: wandb.finish(exit_code=0 if kind is None else 1))
-        if kind in (Interrupted, KeyboardInterrupt) and mpi.rank() == 0 and (self.dir / "checkpoint").is_dir():
+        if kind in (Interrupted, KeyboardInterrupt) and mpi.rank() == 0 and [*(self.dir / "checkpoint").glob("*_rank0.pt")]:
             print(f"to go on: {_launcher()}python {self.script.name} --resume {shlex.quote(str(self.dir))}", flush=True)
         if kind is SystemExit:  # which never reaches sys.excepthook
             if mpi.size() > 1:
@@ -471,7 +498,10 @@ def read_config(run_dir):
 
 
 def _take_over(args):
-    """Give `args` the values of the run `args.resume`. Raises RunError for one that was given and differs."""
+    """Give `args` the values of the run `args.resume`. Raises RunError for one that was given and differs.
+
+    On the command line what is there was given; from Python, what is not the default.
+    """
     config, module = read_config(args.resume), sys.modules[type(args).__module__]
     script = pathlib.Path(module.__file__).name
     if config["script"] != script:
@@ -525,6 +555,8 @@ def _pack(x):
     """What `x` holds, in the types that torch.load takes with weights_only=True."""
     if hasattr(x, "state_dict"):
         return x.state_dict()
+    if isinstance(x, np.generic):
+        return x.item()
     if isinstance(x, np.ndarray):
         return torch.from_numpy(x)
     if x is None or isinstance(x, bool | int | float | str):
@@ -539,7 +571,8 @@ def _unpack(x, saved):
     if hasattr(x, "load_state_dict"):
         x.load_state_dict(saved)
     elif isinstance(x, np.ndarray):
-        x[tuple(slice(n) for n in saved.shape)] = saved.numpy()  # a run that grows has a larger buffer
+        part = tuple(slice(min(n, m)) for n, m in zip(x.shape, saved.shape, strict=True))  # the buffer's size may have changed
+        x[part] = saved.numpy()[part]
     elif isinstance(x, list | tuple):
         for item, saved_item in zip(x, saved, strict=True):
             _unpack(item, saved_item)
@@ -630,7 +663,7 @@ class _Display:
 
     def update(self, row):
         self.row, steps, rate = row, row["TotalEnvInteracts"], row["StepsPerSec"]
-        ret = row.get("AverageTestEpRet", row.get("AverageEpRet", ""))
+        ret = next((row[n] for n in ("AverageTestEpRet", "AverageEpRet") if row.get(n, "") != ""), "")
         self.ret = f"{ret:.1f}" if ret != "" else self.ret
         if self.live:
             table = Table.grid(padding=(0, 2))
