@@ -199,7 +199,10 @@ def policy_loss(q1, q2, logp, alpha):  # all (B,)
 
 
 def alpha_loss(log_alpha, logp, act_dim):  # (), (B,)
-    """-mean log(alpha) (log pi(a|obs) - act_dim): alpha grows while the entropy -mean log pi is below -act_dim"""
+    """-mean log(alpha) (log pi(a|obs) - act_dim): alpha grows while the entropy -mean log pi is below -act_dim.
+
+    As in the authors' code; arXiv:1812.05905, eq. 18, has alpha in the place of log(alpha), which keeps the sign.
+    """
     return -(log_alpha * (logp - act_dim)).mean()
 
 

@@ -650,13 +650,14 @@ def test_rows_before_the_first_update_are_blank(script, tmp_path):
 
 
 PENDULUM = dict(total_steps=5000, steps_per_epoch=5000, start_steps=1000, gamma=0.95)
-INVERTED_PENDULUM = dict(total_steps=3000, steps_per_epoch=3000, start_steps=500, gamma=0.98) | dict(
-    update_after=200, update_every=10, activation="tanh", q_lr=3e-3
-)
+INVERTED_PENDULUM = dict(total_steps=3000, steps_per_epoch=3000, start_steps=500, update_after=200, update_every=10, gamma=0.98)
+INVERTED_PENDULUM |= dict(activation="tanh", q_lr=3e-3)
 
 
 @pytest.mark.parametrize(
-    "env_id, goal, changes", [("Pendulum-v1", -350, PENDULUM), ("InvertedPendulum-v4", 30, INVERTED_PENDULUM)]
+    "env_id, goal, changes",
+    [("Pendulum-v1", -350, PENDULUM), ("InvertedPendulum-v4", 30, INVERTED_PENDULUM)],
+    ids=["Pendulum", "InvertedPendulum"],
 )
 def test_learns(script, tmp_path, env_id, goal, changes):
     """A random policy gets -1200 on Pendulum and 6 on InvertedPendulum, where every step pays 1 until it falls."""

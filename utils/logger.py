@@ -158,6 +158,8 @@ def _check_off_policy(args, obs_space, act_space):
         print(f"warning: --start-steps {args.start_steps}: all {args.total_steps} steps will be random", file=sys.stderr)
     if args.update_after > args.total_steps and mpi.rank() == 0:
         print(f"warning: --update-after {args.update_after}: no update in {args.total_steps} steps", file=sys.stderr)
+    if args.num_test_episodes and args.max_ep_len is None and gym.spec(args.env_id).max_episode_steps is None and mpi.rank() == 0:
+        print(f"warning: {args.env_id} has no limit of steps: a test may never end; see --max-ep-len", file=sys.stderr)
     transition = 4 * (2 * obs_space.shape[0] + act_space.shape[0] + 2)  # bytes
     needed, free = transition * min(args.replay_size, args.total_steps), _free_memory()
     if needed > free:
