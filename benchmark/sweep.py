@@ -236,18 +236,18 @@ class _Checked(Exception):
 
 def check(script, args, ranks):
     """Raise the RunError of the script's own check, with which its `train` begins; nothing after the check is run."""
-    module = load(script)
-    if "check" not in module.train.__code__.co_names:
+    train = load(script).train
+    if "check" not in train.__code__.co_names:
         return
-    own_check = module.check
+    own_check = train.__globals__["check"]
 
     def check_and_leave(*args, **options):
         own_check(*args, **options)
         raise _Checked
 
-    with patch.object(module, "check", check_and_leave), patch.object(utils.mpi, "size", lambda: ranks):
+    with patch.dict(train.__globals__, check=check_and_leave), patch.object(utils.mpi, "size", lambda: ranks):
         try:
-            module.train(args)
+            train(args)
         except _Checked:
             pass
         except RunError as error:
@@ -319,8 +319,9 @@ def stop(runs):
         run.process.wait()
 
 
-def execute(runs, workers):
-    """Start the runs that wait, at most `workers` at a time, and report each that ends; stops all when interrupted."""
+def execute(runs, workers, ended=lambda run: None):
+    """Start the runs that wait, at most `workers` at a time, report each that ends and call `ended` with it; stops all when
+    interrupted."""
     waiting, running = [run for run in runs if run.returncode is None], []
     print(f"runs: {len(runs)}, names: {len({run.name for run in runs})}, finished before: {len(runs) - len(waiting)}", flush=True)
     live = Live(get_renderable=lambda: overview(runs, workers), refresh_per_second=1)
@@ -338,6 +339,7 @@ def execute(runs, workers):
                     what = f"return {run.progress()[1]}" if run.returncode == 0 else f"FAILED, see {run.log}"
                     elapsed = datetime.timedelta(seconds=round(run.seconds))
                     print(f"{run}: {what}, {elapsed}   ({summary(runs, workers)})", flush=True)
+                    ended(run)
             running = [run for run in running if run.running]
     finally:
         live.stop()

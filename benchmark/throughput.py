@@ -2,6 +2,7 @@
 
     python -m benchmark.throughput                                           # all six files and the peers that are installed
     python -m benchmark.throughput --scripts ppo.py --torch-threads 1 2      # with one and with two threads
+    python -m benchmark.throughput --no-peers --ranks                        # without peers and without MPI
 
 Every repeat measures everything once, one after the other, each training in a process of its own; the table holds the
 medians over the repeats. A speed is that of whole training: acting, stepping, storing, updating, logging and saving, from
@@ -14,6 +15,7 @@ measured on products of the update's own shapes.
 
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
@@ -62,6 +64,7 @@ class Args:
     torch_threads: tuple[int, ...] = (1,)  # threads of torch in the process that trains
     repeats: int = 3  # times that everything is measured
     peers: bool = True  # measure the peers too
+    ranks: tuple[int, ...] = (1, 2, 4)  # MPI processes that share a run, for the table of MPI's scaling
 
 
 def bare_steps_per_sec(env_id, steps=10_000):
@@ -109,13 +112,15 @@ def update_operations(script, obs_dim, act_dim, batch, hidden=(256, 256), policy
     return critic_step + actor_step / (policy_delay if script == "td3.py" else 1)
 
 
-def script_steps_per_sec(script, env_id, steps, threads, options):
-    """Speed of `script` in a process of its own, from the end of its first epoch on."""
+def script_steps_per_sec(script, env_id, steps, threads, options, ranks=None):
+    """Speed of `script` in a process of its own, or as so many ranks under mpirun, from the end of its first epoch on."""
     with tempfile.TemporaryDirectory() as folder:
         fixed = f"--env-id {env_id} --total-steps {steps} --torch-threads {threads} --exp-name x --data-dir {folder}"
         if script in OFF_POLICY:  # all steps but the first with updates, as in the peers' runs
             fixed += " --steps-per-epoch 500 --start-steps 0 --update-after 256 --num-test-episodes 0"
-        subprocess.run([sys.executable, script, *fixed.split(), *options.split()], check=True, stdout=subprocess.DEVNULL)
+        launcher = ["mpirun", "-n", str(ranks)] if ranks else []
+        command = [*launcher, sys.executable, script, *fixed.split(), *options.split()]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         rows = pd.read_csv(Path(folder) / "x/x_s0/progress.txt", sep="\t")
     first, last = rows.iloc[0], rows.iloc[-1]
     return (last["TotalEnvInteracts"] - first["TotalEnvInteracts"]) / (last["Time"] - first["Time"])
@@ -161,6 +166,9 @@ def main(args):
                 if script in PEERS_SETTINGS:
                     measure((script, "peers' settings", threads), script_steps_per_sec(*common, PEERS_SETTINGS[script]))
                 measure((script, "own defaults", threads), script_steps_per_sec(*common, ""))
+            for ranks in args.ranks:
+                speed = script_steps_per_sec(script, args.env_id, steps, 1, "", ranks)
+                measure((script, "mpirun", ranks), speed)
 
     median = {key: np.median(values) for key, values in speeds.items()}
     bare, rate = median["bare env.step", "", 1], np.median(rates)
@@ -170,7 +178,7 @@ def main(args):
     space = gym.make(args.env_id)
     dims = space.observation_space.shape[0], space.action_space.shape[0]
     for (script, settings, threads), speed in median.items():
-        if settings in ("", "peer"):
+        if settings in ("", "peer", "mpirun"):
             continue
         peer = median.get((script, "peer", threads)) if settings == "peers' settings" else None
         against = f"{peer:8,.0f}{speed / peer:7.2f}" if peer else f"{'':15}"
@@ -179,6 +187,12 @@ def main(args):
             floor = f"{speed * update_operations(script, *dims, 256) / rate:.2f}"
         each = ", ".join(f"{v:,.0f}" for v in speeds[script, settings, threads])
         print(f"{script:9}{settings:17}{threads:8}{speed:9,.0f}{speed / bare:9.3f}{against}{floor:>10}   {each}")
+    if args.ranks:
+        print(f"\nmpirun -n, {os.cpu_count()} cores: steps/s, and times that of -n {args.ranks[0]}")
+        print(f"{'':9}" + "".join(f"{ranks:16}" for ranks in args.ranks))
+    for script in args.scripts if args.ranks else ():
+        speed = [median[script, "mpirun", ranks] for ranks in args.ranks]
+        print(f"{script:9}" + "".join(f"{v:10,.0f}{f'({v / speed[0]:.2f})':>6}" for v in speed))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""The learning benchmark: six algorithms, five environments, 1,000,000 steps, each file's own defaults; and two studies.
+
+    python -m benchmark.mujoco                                                      # all that is missing in benchmark/results
+    python -m benchmark.mujoco --scripts ppo.py sac.py --env-ids Hopper-v4 --seeds 0 1
+    python -m benchmark.mujoco --suite value-fits
+    python -m benchmark.report                                                      # tables and figures
+
+Each finished run leaves its curve (<run>.csv) and its configuration (<run>.json) in --results, or for a study in
+benchmark/studies/<suite>. Started again after an interruption, the benchmark goes on where it was: runs whose curve is
+there with the same arguments are left out, and unfinished ones resumed from their checkpoint. With another --results
+directory all of it is run anew. A run of DDPG, TD3 or SAC takes an hour or more of one core, the others minutes.
+"""
+
+import json
+import os
+import shlex
+import signal
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from benchmark import score
+from benchmark.sweep import Args as SweepArgs
+from benchmark.sweep import execute, plan
+from utils.plot import ASIDE
+
+ON_POLICY = ("vpg.py", "trpo.py", "ppo.py")
+OFF_POLICY = ("ddpg.py", "td3.py", "sac.py")
+ENV_IDS = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Swimmer-v4", "Ant-v4")
+STUDIES = {  # the reference's exercises 2.1 and 2.2: scripts and grid
+    # the critic of TRPO is not trained at all; the other half of the comparison is in the benchmark itself
+    "value-fits": (("trpo.py",), {"env-id": ["Hopper-v4"], "train-v-iters": ["0"], "seed": [*"01234"]}),
+    # a smaller network and batch than the defaults, to be quick
+    "broadcast": (
+        ("ddpg.py", "benchmark/ddpg_no_squeeze.py"),
+        {"total-steps": ["100000"], "hidden-sizes": ["300"], "batch-size": ["64"], "seed": ["0", "10", "20"]},
+    ),
+}
+
+
+@dataclass
+class Args:
+    suite: Literal["learning", "value-fits", "broadcast"] = "learning"  # the benchmark or one of the studies
+    scripts: tuple[str, ...] = ON_POLICY + OFF_POLICY  # algorithm files of the benchmark
+    env_ids: tuple[str, ...] = ENV_IDS  # environments of the benchmark
+    seeds: tuple[int, ...] | None = None  # default: 0 to 4 on-policy, 0 and 1 off-policy
+    total_steps: int = 1_000_000  # environment steps of a run of the benchmark
+    workers: int = os.cpu_count() or 1  # runs at a time, each of one thread
+    data_dir: str = "data"  # run directories
+    results: Path = Path("benchmark/results")  # curves of the benchmark
+
+
+def planned(args):
+    """The Runs of a suite, first those of the first seed. Raises RunError if a run would refuse its arguments."""
+    sweep_args = dict(data_dir=args.data_dir, skip_done=True)
+    if args.suite != "learning":
+        scripts, grid = STUDIES[args.suite]
+        return plan(SweepArgs(scripts, exp_name=args.suite, **sweep_args), grid)
+    runs = []
+    for script in args.scripts:
+        seeds = args.seeds if args.seeds is not None else range(2 if Path(script).name in OFF_POLICY else 5)
+        grid = {"env-id": list(args.env_ids), "total-steps": [str(args.total_steps)], "seed": [str(seed) for seed in seeds]}
+        runs += plan(SweepArgs((script,), **sweep_args), grid)
+    return sorted(runs, key=lambda run: run.seed)
+
+
+def is_kept(run, folder):
+    """Whether the curve of a run with the same arguments is in `folder`."""
+    try:
+        config = json.loads((folder / f"{run}.json").read_text())
+    except (OSError, ValueError):
+        return False
+    wanted = json.loads(json.dumps(asdict(run.args)))
+    same = all(config.get(name, value) == value for name, value in wanted.items() if name not in ASIDE - {"seed"})
+    return same and (folder / f"{run}.csv").exists()
+
+
+def main(args):
+    """Returns the exit status: 1 if a run failed."""
+    folder = args.results if args.suite == "learning" else Path("benchmark/studies") / args.suite
+
+    def keep(run):
+        if run.returncode == 0:
+            _, config, rows = score.load(run.run_dir)[0]
+            score.save(str(run), config, rows, folder)
+
+    runs = planned(args)
+    for run in runs:
+        if is_kept(run, folder):
+            run.returncode = 0
+        elif run.returncode == 0:  # finished, but not kept yet
+            keep(run)
+    execute(runs, args.workers, ended=keep)
+    return int(any(run.returncode for run in runs))
+
+
+if __name__ == "__main__":
+    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # the last one even in a background job, which ignores it
+        signal.signal(signum, signal.default_int_handler)
+    try:
+        sys.exit(main(tyro.cli(Args)))
+    except KeyboardInterrupt:
+        print(f"interrupted; to go on: {shlex.join(['python', '-m', 'benchmark.mujoco', *sys.argv[1:]])}", flush=True)
+        sys.exit(130)
