@@ -6,6 +6,7 @@ Reads the curves in benchmark/results and benchmark/studies, which benchmark.muj
 A cell is an algorithm on an environment; those without curves are named as missing.
 """
 
+import inspect
 import json
 import sys
 from dataclasses import dataclass
@@ -204,26 +205,26 @@ def study(runs, name, smooth):
 
 
 def value_fits(args):
-    """TRPO on Hopper with a critic that is never trained, and with the default's."""
-    trpo = [run for run in load_runs([args.results]) if (run.config["script"], run.env_id) == ("trpo.py", "Hopper-v4")]
-    runs = trpo + load_runs([args.studies / "value-fits"])
-    fig, lines = study(runs, lambda config: f"TRPO, train_v_iters {config['train_v_iters']}", smooth=10)
-    text = "The reference's exercise 2.1: what the critic is worth to TRPO on Hopper-v4. Without training its values stay near the mean"
-    return fig, ["## Value fits", "", text, "of the returns, so that advantages are little more than discounted returns."], lines
+    """
+    ## Value fits
+
+    The reference's exercise 2.1: what the critic is worth to TRPO, on Hopper-v4. A critic that is never trained stays near
+    the mean return, and advantages are little more than discounted rewards to go.
+    """
+    runs = [run for run in load_runs([args.results]) if (run.config["script"], run.env_id) == ("trpo.py", "Hopper-v4")]
+    runs += load_runs([args.studies / "value-fits"])
+    return study(runs, lambda config: f"TRPO, train_v_iters {config['train_v_iters']}", smooth=10)
 
 
 def broadcast(args):
-    """DDPG, and DDPG with a critic that does not squeeze its output."""
+    """
+    ## A silent bug
+
+    The reference's exercise 2.2: DDPG on HalfCheetah-v4, and DDPG with a critic whose values are (B, 1) instead of (B,), so
+    that its loss broadcasts to (B, B) without an error (`benchmark/ddpg_no_squeeze.py`).
+    """
     names = {"ddpg.py": "DDPG", "ddpg_no_squeeze.py": "critic without squeeze"}
-    fig, lines = study(load_runs([args.studies / "broadcast"]), lambda config: names[config["script"]], smooth=1)
-    text = (
-        "The reference's exercise 2.2: DDPG on HalfCheetah-v4, and with a critic whose values are (B, 1) instead of (B,), so that"
-    )
-    return (
-        fig,
-        ["## A silent bug", "", text, "its loss broadcasts to (B, B) without an error (`benchmark/ddpg_no_squeeze.py`)."],
-        lines,
-    )
+    return study(load_runs([args.studies / "broadcast"]), lambda config: names[config["script"]], smooth=1)
 
 
 def write(args):
@@ -245,18 +246,19 @@ def write(args):
         f"Six algorithms on five environments, {args.total_steps:,} environment steps, each file's own defaults, the same on all",
         "environments. `python -m benchmark.mujoco` makes the curves, `python -m benchmark.report` this page from them.",
         "",
-        "On-policy, a point of a curve is the mean return in training (of the stochastic policy) over 10 epochs of 2,000 steps; off-policy,",
-        "the mean of 10 deterministic test episodes every 10,000 steps. *Best point* is the highest point of the seed-averaged curve, the",
-        "measure of the TD3 paper; *final 10%* the mean over the last 10% of the steps; ± is the standard deviation over the seeds.",
-        f"*Best published* is the highest mean that we know for the algorithm at {args.total_steps:,} steps (`benchmark/published.csv`; for",
-        "VPG also A2C, a policy gradient with a critic as ours is); *ratio*, the best point over it, bold where it falls short.",
+        "On-policy, a point of a curve is the mean return in training, of the stochastic policy, over 10 epochs; off-policy, the",
+        "mean of 10 deterministic test episodes each 10,000 steps. *Best point* is the highest point of the seed-averaged curve,",
+        "the measure of the TD3 paper; *final 10%* is the mean over the last 10% of the steps; ± is the standard deviation over",
+        f"the seeds. *Best published* is the highest mean that we know for the algorithm at {args.total_steps:,} steps, from",
+        "`benchmark/published.csv` (for VPG also A2C, a policy gradient with a critic as ours is); *ratio* is our best point",
+        "divided by it, bold where it falls short.",
         "",
         "![Learning curves: means and standard deviations over seeds; dashed, the best published](curves.png)",
         "",
         *ratio_table(families),
         "",
-        "Interquartile mean of the ratios over all runs, each at the best point of its cell's curve, with the interval of a bootstrap that",
-        "resamples the seeds within each cell (arXiv:2108.13264):",
+        "Interquartile mean of the ratios over all runs, each at the best point of its cell's curve, with the interval of a",
+        "bootstrap that resamples the seeds within each cell (arXiv:2108.13264):",
         "",
         *score_table(families),
         "",
@@ -265,15 +267,16 @@ def write(args):
         lines += [f"Missing: {', '.join(f'{cell.algo.upper()} {cell.env_id}' for cell in missing)}.", ""]
     for family, members in families.items():
         lines += [f"## {family.capitalize()}", "", *cell_table(members), ""]
-    for name, make in {"value-fits": value_fits, "broadcast": broadcast}.items():
+    for suite, make in {"value-fits": value_fits, "broadcast": broadcast}.items():
+        command = f"`python -m benchmark.mujoco --suite {suite}`"
         try:
-            fig, text, rows = make(args)
+            fig, rows = make(args)
         except RunError as error:
             print(f"left out, {error}", file=sys.stderr)
-            lines += [f"Missing: the study `{name}` (`python -m benchmark.mujoco --suite {name}`).", ""]
+            lines += [f"Missing: the study {suite} ({command}).", ""]
             continue
-        save(fig, args.results / f"{name}.png")
-        lines += [*text, f"`python -m benchmark.mujoco --suite {name}`", "", *rows, "", f"![{name}]({name}.png)", ""]
+        save(fig, args.results / f"{suite}.png")
+        lines += [*inspect.cleandoc(make.__doc__).splitlines(), command, "", *rows, "", f"![{suite}]({suite}.png)", ""]
     runs = "; ".join(f"{commit}: {', '.join(sorted(algos))}" for commit, algos in commits.items())
     lines += ["## Runs", "", f"Commits {runs}.", f"Versions: {'; '.join(versions)}.", ""]
     (args.results / "README.md").write_text("\n".join(lines))
