@@ -67,7 +67,10 @@ class Batch(NamedTuple):
 
 
 class Buffer:
-    """Steps N environments and stores T steps of each, as arrays of shape (T, N, ...)."""
+    """Steps N environments and stores T steps of each, as arrays of shape (T, N, ...).
+
+    Their first episodes are truncated at 1/N, 2/N, ... 1 of the limit. If all ended together, a batch shorter than an
+    episode would hold the same part of each, and the policy would learn for one part at a time."""
 
     def __init__(self, envs, num_steps, seeds):
         shape, obs_space, act_space = (num_steps, len(envs)), envs[0].observation_space, envs[0].action_space
@@ -77,6 +80,8 @@ class Buffer:
         self.envs, self.steps = envs, 0
         self.now = np.array([env.reset(seed=int(seeds.integers(2**31)))[0] for env in envs], np.float32)  # (N, obs_dim)
         self.ep_ret, self.ep_len = np.zeros(len(envs)), np.zeros(len(envs), int)
+        i, n, limit = mpi.rank() * len(envs) + np.arange(len(envs)), mpi.size() * len(envs), envs[0].spec.max_episode_steps
+        self.first_len = (i + 1) * (limit or 0) // n  # 0 once that episode is over
 
     def collect(self, ac):
         """Act for T steps in each environment. Returns the returns and the lengths of the episodes that ended."""
@@ -87,6 +92,7 @@ class Buffer:
             self.obs[t], self.act[t] = self.now, act.cpu()
             for i, (env, env_act) in enumerate(zip(self.envs, ac.to_env(act), strict=True)):
                 next_obs, rew, terminated, truncated, _ = env.step(env_act)
+                truncated = truncated or self.ep_len[i] + 1 == self.first_len[i]
                 self.rew[t, i], self.next_obs[t, i] = rew, next_obs
                 self.terminated[t, i], self.done[t, i] = terminated, terminated or truncated
                 self.ep_ret[i] += rew
@@ -94,7 +100,7 @@ class Buffer:
                 if terminated or truncated:
                     ep_rets.append(self.ep_ret[i])
                     ep_lens.append(self.ep_len[i])
-                    self.ep_ret[i], self.ep_len[i] = 0, 0
+                    self.ep_ret[i], self.ep_len[i], self.first_len[i] = 0, 0, 0
                     next_obs, _ = env.reset()
                 self.now[i] = next_obs
             self.steps += len(self.envs) * mpi.size()

@@ -82,6 +82,19 @@ def test_two_environments_out_of_phase(script):
     assert both.terminated.T.tolist() == [[0, 0, 1, 0], [0, 1, 0, 1]]
 
 
+def test_first_episodes_end_at_different_times(script):
+    """4 environments with a limit of 8: their first episodes are truncated after 2, 4, 6, 8 steps, all later ones after 8."""
+    args, ac, _ = make(script, "Count-v0", 1, 4)
+    envs = [gym.make("Count-v0", length=100, max_episode_steps=8) for _ in range(4)]
+    buffer = script.Buffer(envs, 24, np.random.default_rng(0))
+    assert sorted(buffer.collect(ac)[1]) == [2, 4, 6] + [8] * 9
+    assert [(np.flatnonzero(done) + 1).tolist() for done in buffer.done.T] == [[2, 10, 18], [4, 12, 20], [6, 14, 22], [8, 16, 24]]
+    assert buffer.terminated.sum() == 0
+    assert [buffer.next_obs[n - 1, i, 0] for i, n in enumerate([2, 4, 6, 8])] == [2, 4, 6, 8]  # what came, before the reset
+    _, ret = returns(script, args, ac, buffer.batch(ac))
+    assert ret[1, 0].item() == pytest.approx(2 + GAMMA * 10 * 2, abs=1e-4)
+
+
 def test_gae_is_the_double_sum(script):
     generator = torch.Generator().manual_seed(0)
     rew, val, next_val = (torch.randn(30, 4, generator=generator) for _ in range(3))
