@@ -113,21 +113,23 @@ def learning_curves(families):
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(11, 4.6), layout="constrained")
         axes = fig.subplots(len(families), len(ENV_IDS), squeeze=False)
+        for ax, env_id in zip(axes[0], ENV_IDS, strict=True):
+            ax.set_title(env_id)
         for row, (family, cells) in zip(axes, families.items(), strict=True):
             algos = list(dict.fromkeys(cell.algo for cell in cells))
             for ax, env_id in zip(row, ENV_IDS, strict=True):
-                for cell in (cell for cell in cells if cell.env_id == env_id and cell.experiment):
+                there = [cell for cell in cells if cell.env_id == env_id and cell.experiment]
+                for cell in there:
                     curves, color = cell.experiment.curves().dropna(), COLORS[algos.index(cell.algo)]
                     x, mean, std = curves.index / 1e6, curves.mean(axis=1), curves.std(axis=1, ddof=0)
                     ax.plot(x, mean, color=color, label=cell.algo.upper())
                     ax.fill_between(x, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
                     ax.axhline(cell.published, color=color, linestyle=(0, (4, 2)), linewidth=0.8)
-                ax.set_title(env_id if row is axes[0] else "")
-                ax.set_xlim(left=0)
-                ax.margins(x=0)
+                    ax.set_xlim(0, x[-1])
                 ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}M" if x else "0")
-                if not ax.lines:
+                if not there:
                     ax.text(0.5, 0.5, "missing", transform=ax.transAxes, ha="center", color="0.5")
+                    ax.set(xticks=[], yticks=[])
             row[0].set_ylabel(f"{family.capitalize()}: {'test' if family == 'off-policy' else 'training'} return")
             handles = {label: handle for ax in row for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
             if handles:
@@ -153,12 +155,16 @@ def ratio(cell):
     return f"{cell.ratio:.2f}" if cell.ratio >= 1 else f"**{cell.ratio:.2f}**"
 
 
-def ratio_table(families):
-    """Lines of the table of all ratios: a row for each algorithm, a column for each environment."""
-    cells = [cell for family in families.values() for cell in family]
+def summary_table(families):
+    """Lines of the table of all best points: a row for each algorithm, a column for each environment."""
+
+    def entry(cell):
+        return f"{number(cell.best)} / {number(cell.published)} ({ratio(cell)})" if cell.experiment else "missing"
+
     rows = []
-    for algo in dict.fromkeys(cell.algo for cell in cells):
-        rows.append([algo.upper(), *(ratio(cell) for cell in cells if cell.algo == algo)])
+    for cells in families.values():
+        for algo in dict.fromkeys(cell.algo for cell in cells):
+            rows.append([algo.upper(), *(entry(cell) for cell in cells if cell.algo == algo)])
     return table(["", *ENV_IDS], rows)
 
 
@@ -255,7 +261,9 @@ def write(args):
         "",
         "![Learning curves: means and standard deviations over seeds; dashed, the best published](curves.png)",
         "",
-        *ratio_table(families),
+        "Best point / best published (ratio):",
+        "",
+        *summary_table(families),
         "",
         "Interquartile mean of the ratios over all runs, each at the best point of its cell's curve, with the interval of a",
         "bootstrap that resamples the seeds within each cell (arXiv:2108.13264):",
@@ -285,7 +293,7 @@ def write(args):
 
 def main(args):
     families = write(args)
-    print("\n".join([*ratio_table(families), "", *score_table(families)]))
+    print("\n".join([*summary_table(families), "", *score_table(families)]))
     print(f"written: {args.results / 'README.md'}")
 
 

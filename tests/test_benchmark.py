@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-from benchmark.report import Args, interquartile_mean, interval, load_cells, main, ratio_table, score_table
+from benchmark.report import Args, interquartile_mean, interval, load_cells, main, score_table, summary_table
 
 
 def benchmark(tmp_path, *options):
@@ -97,9 +97,9 @@ def test_cells(results, capsys):
 
 def test_tables(results):
     families = load_cells(arguments(results))
-    ppo, sac = (next(line for line in ratio_table(families) if f"| {name} " in line) for name in ("PPO", "SAC"))
-    assert ppo == "| PPO | missing | 1.25 | **0.50** | missing | missing |"
-    assert sac == "| SAC | missing | 2.00 | missing | missing | missing |"
+    ppo, sac = (next(line for line in summary_table(families) if f"| {name} " in line) for name in ("PPO", "SAC"))
+    assert ppo == "| PPO | missing | 25.0 / 20.0 (1.25) | 2.0 / 4.0 (**0.50**) | missing | missing |"
+    assert sac == "| SAC | missing | 16.0 / 8.0 (2.00) | missing | missing | missing |"
     scores = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in score_table(families)}
     assert scores["SAC"] == scores["off-policy"] == ["2.00", "2.00 to 2.00", "1 of 1"]
     # PPO's runs: 0.5, 2.0 and 0.5 of the published, the middle half of three being all of them; Hopper's two are resampled
