@@ -36,7 +36,7 @@ class Args(RunArgs):
     max_ep_len: int | None = None  # steps until an episode is truncated; default: the environment's own limit
     hidden_sizes: tuple[int, ...] = (64, 64)  # of the actor and of the critic
     activation: Literal["tanh", "relu", "elu"] = "tanh"  # of the hidden layers
-    init_log_std: float = -0.5  # of the Gaussian policy, whose box is -1 to 1
+    init_log_std: float = -0.75  # of the Gaussian policy, whose box is -1 to 1
     norm_obs: bool = True  # normalise observations by their running mean and deviation
     gamma: float = 0.99  # discount
     lam: float = 0.9  # lambda of GAE

@@ -118,6 +118,12 @@ def test_the_report_says_what_is_missing(results, capsys):
     assert "**0.50**" in capsys.readouterr().out
 
 
+def test_the_committed_tables_are_those_of_the_committed_curves():
+    families = load_cells(Args(*(ROOT / path for path in (Args.results, Args.studies, Args.published))))
+    for file in ("README.md", "benchmark/results/README.md"):
+        assert "\n".join(summary_table(families)) in (ROOT / file).read_text()
+
+
 def test_a_report_of_nothing_is_one_line(tmp_path):
     (tmp_path / "results").mkdir()
     done = run(sys.executable, "-m", "benchmark.report", "--results", tmp_path / "results", cwd=ROOT)
