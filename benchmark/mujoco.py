@@ -7,14 +7,15 @@
 
 Each finished run leaves its curve (<run>.csv) and its configuration (<run>.json) in --results, or for a study in
 benchmark/studies/<suite>. Started again after an interruption, the benchmark goes on where it was: runs whose curve is
-there with the same arguments are left out, and unfinished ones resumed from their checkpoint. With another --results
-directory all of it is run anew. A run of DDPG, TD3 or SAC takes an hour or more of one core, the others minutes.
+there with the same arguments are left out, runs that are finished in --data-dir are kept, and unfinished ones are resumed
+from their checkpoint. A change of the code is not noticed: delete the curves that it could have changed, and their runs.
+With another --results and another --data-dir all of it is run anew. A run of DDPG, TD3 or SAC takes an hour or more of
+one core, the others minutes.
 """
 
 import json
 import os
 import shlex
-import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,8 @@ import tyro
 
 from benchmark import score
 from benchmark.sweep import Args as SweepArgs
-from benchmark.sweep import execute, plan
+from benchmark.sweep import execute, handle_signals, plan
+from utils.mpi import RunError
 from utils.plot import ASIDE
 
 ON_POLICY = ("vpg.py", "trpo.py", "ppo.py")
@@ -43,10 +45,10 @@ STUDIES = {  # the reference's exercises 2.1 and 2.2: scripts and grid
 
 @dataclass
 class Args:
-    suite: Literal["learning", "value-fits", "broadcast"] = "learning"  # the benchmark or one of the studies
+    suite: Literal["learning", "value-fits", "broadcast"] = "learning"  # the benchmark, or a study, which --seeds can shorten
     scripts: tuple[str, ...] = ON_POLICY + OFF_POLICY  # algorithm files of the benchmark
     env_ids: tuple[str, ...] = ENV_IDS  # environments of the benchmark
-    seeds: tuple[int, ...] | None = None  # default: 0 to 4 on-policy, 0 and 1 off-policy
+    seeds: tuple[int, ...] | None = None  # default: 0 to 4 on-policy, 0 and 1 off-policy; in a study, its own
     total_steps: int = 1_000_000  # environment steps of a run of the benchmark
     workers: int = os.cpu_count() or 1  # runs at a time, each of one thread
     data_dir: str = "data"  # run directories
@@ -55,9 +57,12 @@ class Args:
 
 def planned(args):
     """The Runs of a suite, first those of the first seed. Raises RunError if a run would refuse its arguments."""
-    sweep_args = dict(data_dir=args.data_dir, skip_done=True)
+    sweep_args = dict(workers=args.workers, data_dir=args.data_dir, skip_done=True)
     if args.suite != "learning":
+        if (args.scripts, args.env_ids, args.total_steps) != (Args.scripts, Args.env_ids, Args.total_steps):
+            raise RunError(f"--suite {args.suite}: has scripts, environments and steps of its own")
         scripts, grid = STUDIES[args.suite]
+        grid = grid if args.seeds is None else grid | {"seed": list(map(str, args.seeds))}
         return plan(SweepArgs(scripts, exp_name=args.suite, **sweep_args), grid)
     runs = []
     for script in args.scripts:
@@ -67,15 +72,19 @@ def planned(args):
     return sorted(runs, key=lambda run: run.seed)
 
 
+def same_arguments(config, args, but=()):
+    """Whether the configuration of a run is that of `args` (an Args of its script), but for the names in `but`."""
+    wanted = json.loads(json.dumps(asdict(args)))
+    return all(config.get(name, ...) == value for name, value in wanted.items() if name not in ASIDE - {"seed"} | set(but))
+
+
 def is_kept(run, folder):
     """Whether the curve of a run with the same arguments is in `folder`."""
     try:
         config = json.loads((folder / f"{run}.json").read_text())
     except (OSError, ValueError):
         return False
-    wanted = json.loads(json.dumps(asdict(run.args)))
-    same = all(config.get(name, value) == value for name, value in wanted.items() if name not in ASIDE - {"seed"})
-    return same and (folder / f"{run}.csv").exists()
+    return same_arguments(config, run.args) and (folder / f"{run}.csv").exists()
 
 
 def main(args):
@@ -84,8 +93,8 @@ def main(args):
 
     def keep(run):
         if run.returncode == 0:
-            _, config, rows = score.load(run.run_dir)[0]
-            score.save(str(run), config, rows, folder)
+            for finished in score.load(run.run_dir):
+                score.save(finished, folder, str(run))
 
     runs = planned(args)
     for run in runs:
@@ -98,8 +107,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # the last one even in a background job, which ignores it
-        signal.signal(signum, signal.default_int_handler)
+    handle_signals()
     try:
         sys.exit(main(tyro.cli(Args)))
     except KeyboardInterrupt:

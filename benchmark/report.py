@@ -6,8 +6,8 @@ Reads the curves in benchmark/results and benchmark/studies, which benchmark.muj
 A cell is an algorithm on an environment; those without curves are named as missing.
 """
 
-import inspect
-import json
+import importlib
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import pandas as pd
 import tyro
 from matplotlib.figure import Figure
 
-from benchmark.mujoco import ENV_IDS, OFF_POLICY, ON_POLICY
+from benchmark.mujoco import ENV_IDS, OFF_POLICY, ON_POLICY, same_arguments
 from benchmark.score import Experiment, experiments, load
 from utils.mpi import RunError
 from utils.plot import COLORS, STYLE, load_runs, plot, save
@@ -61,36 +61,33 @@ def best_published(table, algo, env_id, total_steps):
     if rows.empty:
         return float("nan"), ""
     row = rows.loc[rows["mean"].idxmax()]
-    return float(row["mean"]), row["source"]
+    return float(row["mean"]), row["source"] + (" (read off a curve)" if row["note"] == "read off a curve" else "")
+
+
+def has_defaults(config, but=()):
+    """Whether a run had its script's own arguments, but for its environment, its steps, its seed and the names in `but`."""
+    args = importlib.import_module(Path(config["script"]).stem).Args()
+    return same_arguments(config, args, ("env_id", "total_steps", "seed", *but))
 
 
 def load_cells(args):
-    """All cells, by family. Of several experiments in a cell the one with most seeds counts; stderr names the others."""
+    """All cells, by family. What has other arguments than its script's own does not count; stderr names it."""
     if not args.published.exists():
         raise RunError(f"--published {args.published}: there is no such file")
     published, found = pd.read_csv(args.published), {}
     for experiment in experiments(load(args.results)):
         config = experiment.config
-        key, rival = (config["script"], config["env_id"]), None
-        if config["total_steps"] == args.total_steps:
-            rival = found.get(key)
-            if rival is None or len(experiment.seeds) > len(rival.seeds):
-                found[key], experiment = experiment, rival
-        if experiment:
-            print(f"left out, other arguments: {' '.join(key)}, seeds {sorted(experiment.seeds)}", file=sys.stderr)
-    return {
-        family: [
-            Cell(
-                Path(script).stem,
-                env_id,
-                found.get((script, env_id)),
-                *best_published(published, Path(script).stem, env_id, args.total_steps),
-            )
-            for script in scripts
-            for env_id in ENV_IDS
-        ]
-        for family, scripts in FAMILIES.items()
-    }
+        key = config["script"], config["env_id"]
+        if config["total_steps"] == args.total_steps and has_defaults(config):
+            found[key] = experiment
+        else:
+            print(f"left out, other arguments: {' '.join(key)}, seeds {sorted(experiment.runs)}", file=sys.stderr)
+
+    def cell(script, env_id):
+        algo = Path(script).stem
+        return Cell(algo, env_id, found.get((script, env_id)), *best_published(published, algo, env_id, args.total_steps))
+
+    return {family: [cell(*key) for key in itertools.product(scripts, ENV_IDS)] for family, scripts in FAMILIES.items()}
 
 
 def interquartile_mean(x):
@@ -152,6 +149,8 @@ def table(header, rows):
 def ratio(cell):
     if cell.experiment is None:
         return "missing"
+    if np.isnan(cell.published):
+        return "none published"
     return f"{cell.ratio:.2f}" if cell.ratio >= 1 else f"**{cell.ratio:.2f}**"
 
 
@@ -197,40 +196,57 @@ def cell_table(cells):
     return table(["", "environment", "seeds", "best point", "final 10%", "best published", "by", "ratio"], rows)
 
 
-def study(runs, name, smooth):
-    """The figure of a study, whose curves are named by the function `name` of their configuration, and its table."""
-    for run in runs:
-        run.name = name(run.config)
-    fig = plot(runs, smooth=smooth)
-    rows = []
-    for label in dict.fromkeys(run.name for run in runs):
-        finals = [run.rows["AverageEpRet"].dropna().tail(smooth).mean() for run in runs if run.name == label]
-        seeds = sorted(run.config["seed"] for run in runs if run.name == label)
-        rows.append([label, ", ".join(map(str, seeds)), f"{number(np.mean(finals))} ± {number(np.std(finals))}"])
-    return fig, table(["", "seeds", "final return"], rows)
-
-
 def value_fits(args):
-    """
-    ## Value fits
-
-    The reference's exercise 2.1: what the critic is worth to TRPO, on Hopper-v4. A critic that is never trained stays near
-    the mean return, and advantages are little more than discounted rewards to go.
-    """
-    runs = [run for run in load_runs([args.results]) if (run.config["script"], run.env_id) == ("trpo.py", "Hopper-v4")]
-    runs += load_runs([args.studies / "value-fits"])
-    return study(runs, lambda config: f"TRPO, train_v_iters {config['train_v_iters']}", smooth=10)
+    """The runs of the study of TRPO's critic, named."""
+    runs = load_runs([args.results], select=["trpo_Hopper"]) + load_runs([args.studies / "value-fits"])
+    runs = [run for run in runs if has_defaults(run.config, but=["train_v_iters"])]
+    for run in runs:
+        run.name = f"TRPO, train_v_iters {run.config['train_v_iters']}"
+    return runs
 
 
 def broadcast(args):
-    """
-    ## A silent bug
+    """The runs of the study of DDPG's bug, named."""
+    runs = load_runs([args.studies / "broadcast"])
+    for run in runs:
+        run.name = {"ddpg.py": "DDPG", "ddpg_no_squeeze.py": "critic without squeeze"}[run.config["script"]]
+    return runs
 
-    The reference's exercise 2.2: DDPG on HalfCheetah-v4, and DDPG with a critic whose values are (B, 1) instead of (B,), so
-    that its loss broadcasts to (B, B) without an error (`benchmark/ddpg_no_squeeze.py`).
-    """
-    names = {"ddpg.py": "DDPG", "ddpg_no_squeeze.py": "critic without squeeze"}
-    return study(load_runs([args.studies / "broadcast"]), lambda config: names[config["script"]], smooth=1)
+
+STUDIES = {  # functions that load the runs, text
+    "value-fits": (
+        value_fits,
+        """## Value fits
+
+The reference's exercise 2.1: what the critic is worth to TRPO, on Hopper-v4. A critic that is never trained is a fixed random
+function around the mean return, and advantages are little more than rewards to go, discounted by gamma lambda.""",
+    ),
+    "broadcast": (
+        broadcast,
+        """## A silent bug
+
+The reference's exercise 2.2: DDPG on HalfCheetah-v4, and DDPG with a critic whose values are (B, 1) instead of (B,), so that
+its loss broadcasts to (B, B) without an error (`benchmark/ddpg_no_squeeze.py`). Networks of one layer of 300, batches of 64.""",
+    ),
+}
+
+
+def study(suite, args):
+    """Lines on a study and its figure. Raises RunError if curves are missing."""
+    load_study, text = STUDIES[suite]
+    command = f"`python -m benchmark.mujoco --suite {suite}`"
+    runs = load_study(args)
+    names = list(dict.fromkeys(run.name for run in runs))
+    if len(names) < 2:
+        raise RunError(f"the study {suite} has only curves of {names}")
+    smooth, rows = 1 if "num_test_episodes" in runs[0].config else 10, []
+    for name in names:
+        there = [run for run in runs if run.name == name]
+        finals = [run.rows["AverageEpRet"].tail(len(run.rows) // 10).mean() for run in there]
+        seeds = ", ".join(str(seed) for seed in sorted(run.config["seed"] for run in there))
+        rows.append([name, seeds, f"{number(np.mean(finals))} ± {number(np.std(finals))}"])
+    save(plot(runs, smooth=smooth), args.results / f"{suite}.png")
+    return [text, "", command, "", *table(["", "seeds", "final 10%"], rows), "", f"![{suite}]({suite}.png)", ""]
 
 
 def write(args):
@@ -240,53 +256,53 @@ def write(args):
     there, missing = [c for c in cells if c.experiment], [c for c in cells if not c.experiment]
     if not there:
         raise RunError(f"no finished runs in {args.results}; python -m benchmark.mujoco makes them")
-    configs = [json.loads(file.read_text()) for file in sorted(args.results.glob("*.json"))]
-    versions = sorted({", ".join(f"{k} {v}" for k, v in config.get("versions", {}).items()) for config in configs})
-    commits = {}
-    for config in configs:
-        commits.setdefault(str(config.get("git_commit"))[:10], set()).add(Path(config["script"]).stem.upper())
-    save(learning_curves(families), args.results / "curves.png")
     lines = [
-        "# Results of the learning benchmark",
-        "",
-        f"Six algorithms on five environments, {args.total_steps:,} environment steps, each file's own defaults, the same on all",
-        "environments. `python -m benchmark.mujoco` makes the curves, `python -m benchmark.report` this page from them.",
-        "",
-        "On-policy, a point of a curve is the mean return in training, of the stochastic policy, over 10 epochs; off-policy, the",
-        "mean of 10 deterministic test episodes each 10,000 steps. *Best point* is the highest point of the seed-averaged curve,",
-        "the measure of the TD3 paper; *final 10%* is the mean over the last 10% of the steps; ± is the standard deviation over",
-        f"the seeds. *Best published* is the highest mean that we know for the algorithm at {args.total_steps:,} steps, from",
-        "`benchmark/published.csv` (for VPG also A2C, a policy gradient with a critic as ours is); *ratio* is our best point",
-        "divided by it, bold where it falls short.",
-        "",
-        "![Learning curves: means and standard deviations over seeds; dashed, the best published](curves.png)",
-        "",
-        "Best point / best published (ratio):",
-        "",
+        f"""# Results of the learning benchmark
+
+Six algorithms on five environments, {args.total_steps:,} environment steps, each file's own defaults, the same on all
+environments. `python -m benchmark.mujoco` makes the curves, `python -m benchmark.report` this page from them.
+
+On-policy, a point of a curve is the mean return in training, of the stochastic policy, over 10 epochs; off-policy, the mean of
+10 deterministic test episodes every 10,000 steps. *Best point* is the highest point of the seed-averaged curve, the measure of
+the TD3 paper; *final 10%* is the mean over the last 10% of the steps; ± is the standard deviation over the seeds. *Best
+published* is the highest mean that we know for the algorithm at {args.total_steps:,} steps, from `benchmark/published.csv` (for
+VPG that of A2C, a policy gradient with a critic as ours is); *ratio* is our best point divided by it, bold where it falls short.
+
+Best point / best published (ratio):
+""",
         *summary_table(families),
         "",
-        "Interquartile mean of the ratios over all runs, each at the best point of its cell's curve, with the interval of a",
-        "bootstrap that resamples the seeds within each cell (arXiv:2108.13264):",
-        "",
+    ]
+    few = [f"{c.algo.upper()} {c.env_id} ({c.seeds})" for c in there if c.seeds < (5 if c in families["on-policy"] else 2)]
+    for title, names in ("Missing", [f"{c.algo.upper()} {c.env_id}" for c in missing]), ("Fewer seeds than planned", few):
+        lines += [f"{title}: {', '.join(names)}.", ""] if names else []
+    save(learning_curves(families), args.results / "curves.png")
+    lines += [
+        """![Learning curves](curves.png)
+
+Means and standard deviations over the seeds; dashed, the best published.
+
+Interquartile mean of the ratios over all runs, each at the best point of its cell's curve, with the interval of a bootstrap that
+resamples the seeds within each cell (arXiv:2108.13264), which is too narrow where there are one or two of them:
+""",
         *score_table(families),
         "",
     ]
-    if missing:
-        lines += [f"Missing: {', '.join(f'{cell.algo.upper()} {cell.env_id}' for cell in missing)}.", ""]
     for family, members in families.items():
         lines += [f"## {family.capitalize()}", "", *cell_table(members), ""]
-    for suite, make in {"value-fits": value_fits, "broadcast": broadcast}.items():
-        command = f"`python -m benchmark.mujoco --suite {suite}`"
+    for suite in STUDIES:
         try:
-            fig, rows = make(args)
+            lines += study(suite, args)
         except RunError as error:
             print(f"left out, {error}", file=sys.stderr)
-            lines += [f"Missing: the study {suite} ({command}).", ""]
-            continue
-        save(fig, args.results / f"{suite}.png")
-        lines += [*inspect.cleandoc(make.__doc__).splitlines(), command, "", *rows, "", f"![{suite}]({suite}.png)", ""]
-    runs = "; ".join(f"{commit}: {', '.join(sorted(algos))}" for commit, algos in commits.items())
-    lines += ["## Runs", "", f"Commits {runs}.", f"Versions: {'; '.join(versions)}.", ""]
+            lines += [f"Missing: the study {suite} (`python -m benchmark.mujoco --suite {suite}`).", ""]
+    commits, versions = {}, set()
+    for cell in there:
+        for run in cell.experiment.runs.values():
+            commits.setdefault(str(run.config.get("git_commit"))[:10], {})[cell.algo.upper()] = None
+            versions.add(", ".join(f"{name} {version}" for name, version in run.config.get("versions", {}).items()))
+    runs = "; ".join(f"{commit} ({', '.join(algos)})" for commit, algos in commits.items())
+    lines += ["## Runs", "", f"Commits: {runs}.", f"Versions: {'; '.join(sorted(versions))}.", ""]
     (args.results / "README.md").write_text("\n".join(lines))
     return families
 

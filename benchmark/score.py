@@ -11,8 +11,9 @@ which is never higher. Runs that differ in more than their seed are different ex
 """
 
 import json
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -30,76 +31,93 @@ class Args:
 
 
 @dataclass
+class Run:
+    """A run: its name, config.json, and a DataFrame with steps, ret (NaN where blank), steps_per_sec."""
+
+    name: str
+    config: dict
+    rows: pd.DataFrame
+
+
+@dataclass
 class Experiment:
     """Runs that differ in nothing but their seed."""
 
-    config: dict  # of one of them
-    seeds: dict  # from a seed to the DataFrame of its run: steps, ret, steps_per_sec
+    runs: dict = field(default_factory=dict)  # from a seed to its Run
+
+    @property
+    def config(self):
+        return next(iter(self.runs.values())).config
 
     def curves(self, window=10):
         """DataFrame: a row for each point, indexed by its environment steps; a column for each seed."""
         window = 1 if self.config.get("num_test_episodes") else window
-        points = {seed: rows.set_index("steps")["ret"].rolling(window, 1).mean() for seed, rows in sorted(self.seeds.items())}
-        return pd.DataFrame(points).iloc[min(window, *map(len, points.values())) - 1 :]
+        rets = {seed: run.rows.set_index("steps")["ret"] for seed, run in sorted(self.runs.items())}
+        points = pd.DataFrame({seed: ret.rolling(window, 1).mean() for seed, ret in rets.items()})
+        return points.iloc[min(window, *map(len, rets.values())) - 1 :]
 
 
 def load(path):
-    """The runs below `path`: a list of (name, configuration, DataFrame with steps, ret, steps_per_sec)."""
+    """The Runs below `path`. Those that cannot be read are left out, with a line on stderr."""
     runs = []
-    for file in sorted(path.rglob("progress.txt")):
-        if file.stat().st_size == 0:
-            continue
-        config = json.loads((file.parent / "config.json").read_text())
-        ret = "AverageTestEpRet" if config.get("num_test_episodes") else "AverageEpRet"
-        rows = pd.read_csv(file, sep="\t")[["TotalEnvInteracts", ret, "StepsPerSec"]].round(1)
-        rows.columns = ["steps", "ret", "steps_per_sec"]
-        runs.append((file.parent.name, config, rows))
-    for file in sorted(path.rglob("*_s*.csv")):
-        runs.append((file.stem, json.loads(file.with_suffix(".json").read_text()), pd.read_csv(file)))
+    for file in [*sorted(path.rglob("progress.txt")), *sorted(path.rglob("*_s*.csv"))]:
+        try:
+            if file.suffix == ".csv":
+                run = Run(file.stem, json.loads(file.with_suffix(".json").read_text()), pd.read_csv(file))
+            else:
+                config = json.loads((file.parent / "config.json").read_text())
+                ret = "AverageTestEpRet" if config.get("num_test_episodes") else "AverageEpRet"
+                rows = pd.read_csv(file, sep="\t")[["TotalEnvInteracts", ret, "StepsPerSec"]].round(1)
+                run = Run(file.parent.name, config, rows.set_axis(["steps", "ret", "steps_per_sec"], axis=1))
+            if run.rows["ret"].isna().all():
+                raise ValueError("it has no returns")
+            runs.append(run)
+        except (OSError, ValueError, KeyError) as error:  # pandas' own errors are ValueErrors
+            print(f"left out, {str(error).splitlines()[0]}: {file}", file=sys.stderr)
     return runs
 
 
-def save(name, config, rows, folder):
-    """Keep a run's curve as <folder>/<name>.csv and its configuration as <name>.json."""
+def save(run, folder, name=None):
+    """Keep a run's configuration as <folder>/<name>.json and its curve as <name>.csv, which is there whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(folder / f"{name}.csv", index=False)
-    kept = {k: v for k, v in config.items() if k not in ("command", "data_dir", "exp_name", "resume")}
-    (folder / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+    path = folder / f"{name or run.name}.csv"
+    kept = {k: v for k, v in run.config.items() if k not in ("command", "data_dir", "exp_name", "resume")}
+    path.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
+    run.rows.to_csv(path.with_suffix(".part"), index=False)
+    os.replace(path.with_suffix(".part"), path)
 
 
 def experiments(runs):
-    """The Experiments of `runs` (as `load` gives them), by environment. Says on stderr which runs it leaves out."""
+    """The Experiments of `runs`, by environment. Says on stderr which runs it leaves out."""
     found = {}
-    for name, config, rows in runs:
-        if rows["steps"].iloc[-1] < config["total_steps"]:
-            print(f"left out, not finished: {name}", file=sys.stderr)
+    for run in runs:
+        if run.rows["steps"].iloc[-1] < run.config["total_steps"]:
+            print(f"left out, not finished: {run.name}", file=sys.stderr)
             continue
-        key = json.dumps({k: v for k, v in config.items() if k not in ASIDE}, sort_keys=True)
-        experiment = found.setdefault((config["env_id"], key), Experiment(config, {}))
-        if config["seed"] in experiment.seeds:
-            print(f"left out, seed {config['seed']} is there already: {name}", file=sys.stderr)
+        key = json.dumps({k: v for k, v in run.config.items() if k not in ASIDE}, sort_keys=True)
+        same, seed = found.setdefault((run.config["env_id"], key), Experiment()).runs, run.config["seed"]
+        if seed in same:
+            print(f"left out, seed {seed} is there already: {run.name}", file=sys.stderr)
         else:
-            experiment.seeds[config["seed"]] = rows
+            same[seed] = run
     return [experiment for _, experiment in sorted(found.items(), key=lambda item: item[0])]
 
 
 def main(args):
-    runs = [run for path in args.paths for run in load(path)]
-    found = experiments(runs)
+    found = experiments([run for path in args.paths for run in load(path)])
     print(
         f"{'script':9}{'environment':16}{'seeds':>6}{'best':>8}{'best of mean':>14}{'final':>8}{'steps/s':>9}   best of each seed"
     )
     for experiment in found:
-        curves = experiment.curves(args.window)
+        curves, runs = experiment.curves(args.window), experiment.runs.values()
         mean, each = curves.mean(axis=1, skipna=False), curves.max()
-        speed = pd.concat([rows["steps_per_sec"] for rows in experiment.seeds.values()]).median()
+        speed = pd.concat([run.rows["steps_per_sec"] for run in runs]).median()
         print(
             f"{experiment.config['script']:9}{experiment.config['env_id']:16}{len(each):6}{each.mean():8.0f}{mean.max():14.0f}"
             f"{mean.iloc[-1]:8.0f}{speed:9.0f}   {', '.join(f'{s}: {best:.0f}' for s, best in each.items())}"
         )
-    for name, config, rows in runs if args.save else []:
-        if any(rows is kept for experiment in found for kept in experiment.seeds.values()):
-            save(name, config, rows, args.save)
+        for run in runs if args.save else ():
+            save(run, args.save)
 
 
 if __name__ == "__main__":

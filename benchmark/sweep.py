@@ -385,8 +385,13 @@ def main(argv):
         return 130
 
 
-if __name__ == "__main__":
+def handle_signals():
+    """Let whatever ends this process stop its runs first, with a checkpoint: the signals raise KeyboardInterrupt."""
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # the last one even in a background job, which ignores it
         if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, signal.default_int_handler)
+
+
+if __name__ == "__main__":
+    handle_signals()
     sys.exit(main(sys.argv[1:]))

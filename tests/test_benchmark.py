@@ -1,15 +1,32 @@
 """The learning benchmark goes on where it was; its report against numbers computed by hand; the study's bug is one."""
 
+import importlib
 import json
 import re
+import signal
+import subprocess
 import sys
+import time
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run
 
-from benchmark.report import Args, interquartile_mean, interval, load_cells, main, score_table, summary_table
+import ddpg
+from benchmark.mujoco import Args as BenchmarkArgs
+from benchmark.mujoco import planned
+from benchmark.report import Args, interquartile_mean, interval, load_cells, main, score_table, study, summary_table
+from utils.mpi import RunError
+
+
+@pytest.fixture
+def restored_ddpg(monkeypatch):
+    """ddpg.py as a module, which benchmark/ddpg_no_squeeze.py changes when it is loaded."""
+    for name in ("Critic", "q_loss", "__file__"):
+        monkeypatch.setattr(ddpg, name, getattr(ddpg, name))
+    return ddpg
 
 
 def benchmark(tmp_path, *options):
@@ -45,8 +62,54 @@ def test_the_benchmark_makes_what_is_missing(tmp_path):
     assert benchmark(tmp_path, "--total-steps", 2000, "--seeds", 1) == 0  # other arguments are another run
 
 
+def test_an_interrupted_benchmark_resumes_its_run(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "benchmark.mujoco",
+        "--scripts",
+        "vpg.py",
+        "--env-ids",
+        "InvertedPendulum-v4",
+        "--seeds",
+        "3",
+    ]
+    command += ["--total-steps", "100000", "--data-dir", str(tmp_path / "data"), "--results", str(tmp_path / "kept")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    run_dir = tmp_path / "data/vpg_InvertedPendulum-v4/vpg_InvertedPendulum-v4_s3"
+    deadline = time.monotonic() + 120
+    while not list(run_dir.glob("checkpoint/*.pt")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert "to go on: python -m benchmark.mujoco --scripts vpg.py" in process.communicate()[0]
+    assert process.returncode == 130
+    assert not (tmp_path / "kept").exists()
+    steps = len((run_dir / "progress.txt").read_text().splitlines()) - 1
+    assert 0 < steps < 100
+    args = BenchmarkArgs(scripts=("vpg.py",), env_ids=("InvertedPendulum-v4",), seeds=(3,), total_steps=100_000)
+    args.data_dir = str(tmp_path / "data")
+    assert [run.resumes for run in planned(args)] == [run_dir]
+
+
+def test_the_suites_are_planned(tmp_path, restored_ddpg):
+    runs = planned(BenchmarkArgs(data_dir=str(tmp_path)))
+    assert len(runs) == 3 * 5 * 5 + 3 * 5 * 2
+    assert [run.seed for run in runs[:30]] == [0] * 30  # every cell's first seed comes first
+    assert {run.args.total_steps for run in runs} == {1_000_000}
+    fits = planned(BenchmarkArgs(suite="value-fits", data_dir=str(tmp_path)))
+    assert [(run.args.env_id, run.args.train_v_iters, run.seed) for run in fits] == [("Hopper-v4", 0, seed) for seed in range(5)]
+    bugs = planned(BenchmarkArgs(suite="broadcast", data_dir=str(tmp_path)))
+    names = ["broadcast_ddpg", "broadcast_ddpg_no_squeeze"]
+    assert [str(run) for run in bugs] == [f"{name}_s{seed}" for name in names for seed in (0, 10, 20)]
+    with pytest.raises(RunError, match="--suite broadcast"):
+        planned(BenchmarkArgs(suite="broadcast", total_steps=5, data_dir=str(tmp_path)))
+    with pytest.raises(RunError, match="--workers 0"):
+        planned(BenchmarkArgs(workers=0, data_dir=str(tmp_path)))
+
+
 PUBLISHED = """algo,env,steps,mean,std,source,note
-ppo,Hopper,1000000,20,,A,
+ppo,Hopper,1000000,20,,A,read off a curve
 ppo,Hopper,1000000,10,,B,
 ppo,Hopper,3000000,99,,C,longer
 ppo,Walker2d,1000000,4,,A,
@@ -64,13 +127,19 @@ def results(tmp_path):
         step = 1_000_000 // len(rets)
         rows = [f"{step * (k + 1)},{ret},1.0" for k, ret in enumerate(rets)]
         (tmp_path / "results" / f"{name}.csv").write_text("\n".join(["steps,ret,steps_per_sec", *rows]) + "\n")
-        config = dict(script=f"{script}.py", env_id=env_id, seed=seed, total_steps=1_000_000, git_commit="abc") | config
+        own = asdict(importlib.import_module(script).Args(env_id=env_id, seed=seed))
+        config = json.loads(json.dumps(own)) | dict(script=f"{script}.py", git_commit=f"abc{seed}") | config
         (tmp_path / "results" / f"{name}.json").write_text(json.dumps(config))
 
     # points are means over 10 epochs: the first is the mean of epochs 1 to 10
     keep("ppo", "Hopper-v4", 0, [10] * 10 + [20] * 10)  # points rise from 10 to 20
     keep("ppo", "Hopper-v4", 1, [40] * 10 + [0] * 10)  # points fall from 40 to 0
-    keep("ppo", "Hopper-v4", 0, [100] * 20, gamma=0.5)  # other arguments, fewer seeds
+    keep("ppo", "Hopper-v4", 0, [100] * 20, gamma=0.5)  # other arguments than the script's own
+    keep("ppo", "Swimmer-v4", 0, [7] * 20, total_steps=2_000_000)
+    keep("vpg", "Hopper-v4", 0, [3] * 20)  # for which nothing is published here
+    keep("ppo", "Ant-v4", 0, [""] * 20)  # no episode ended
+    (tmp_path / "results" / "ppo_Ant-v4_s1.csv").write_text("")
+    (tmp_path / "results" / "ppo_Ant-v4_s2.csv").write_text("steps,ret,steps_per_sec\n")
     keep("ppo", "Walker2d-v4", 0, [1, 3] * 10)
     keep("sac", "Hopper-v4", 0, [1, 2, 16, 4, 4, 4, 4, 4, 4, 5], num_test_episodes=10)
     return tmp_path
@@ -86,18 +155,24 @@ def test_cells(results, capsys):
     cells = {(cell.algo, cell.env_id): cell for cells in families.values() for cell in cells}
     hopper, walker, sac = (cells[key] for key in [("ppo", "Hopper-v4"), ("ppo", "Walker2d-v4"), ("sac", "Hopper-v4")])
     # seed 0: 10 + k, seed 1: 40 - 4 k after k more epochs: the mean falls from (10 + 40) / 2
-    assert (hopper.seeds, hopper.best, hopper.std, hopper.published, hopper.source) == (2, 25, 15, 20, "A")
+    assert (hopper.seeds, hopper.best, hopper.std, hopper.published) == (2, 25, 15, 20)
+    assert hopper.source == "A (read off a curve)"
     assert hopper.final == np.mean([10 + 9, 10 + 10, 40 - 36, 40 - 40])  # the last 2 of 20 epochs
     assert hopper.ratio == 1.25
     assert (walker.best, walker.ratio) == (2, 0.5)
     assert (sac.best, sac.final, sac.ratio) == (16, 5, 2)  # single tests count, not windows
-    assert sum(cell.experiment is None for cell in cells.values()) == 27
-    assert "left out, other arguments: ppo.py Hopper-v4, seeds [0]" in capsys.readouterr().err
+    assert sum(cell.experiment is None for cell in cells.values()) == 26
+    errors = capsys.readouterr().err
+    assert "left out, other arguments: ppo.py Hopper-v4, seeds [0]" in errors
+    assert "left out, not finished: ppo_Swimmer-v4_s0" in errors
+    for seed in range(3):
+        assert re.search(rf"left out, .*ppo_Ant-v4_s{seed}.csv", errors)
 
 
 def test_tables(results):
     families = load_cells(arguments(results))
-    ppo, sac = (next(line for line in summary_table(families) if f"| {name} " in line) for name in ("PPO", "SAC"))
+    vpg, ppo, sac = (next(line for line in summary_table(families) if f"| {name} " in line) for name in ("VPG", "PPO", "SAC"))
+    assert vpg == "| VPG | missing | 3.0 /  (none published) | missing | missing | missing |"
     assert ppo == "| PPO | missing | 25.0 / 20.0 (1.25) | 2.0 / 4.0 (**0.50**) | missing | missing |"
     assert sac == "| SAC | missing | 16.0 / 8.0 (2.00) | missing | missing | missing |"
     scores = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in score_table(families)}
@@ -110,6 +185,8 @@ def test_the_report_says_what_is_missing(results, capsys):
     main(arguments(results))
     text = (results / "results/README.md").read_text()
     assert "PPO Hopper-v4" not in text.split("Missing: ")[1].splitlines()[0]
+    assert "PPO Hopper-v4 (2), PPO Walker2d-v4 (1), SAC Hopper-v4 (1)." in text.split("Fewer seeds than planned: ")[1]
+    assert "abc0 (VPG, PPO, SAC); abc1 (PPO)" in text
     assert "VPG HalfCheetah-v4" in text.split("Missing: ")[1].splitlines()[0]
     assert "benchmark.mujoco --suite value-fits" in text
     assert "benchmark.mujoco --suite broadcast" in text
@@ -131,6 +208,32 @@ def test_a_report_of_nothing_is_one_line(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: no finished runs in")
 
 
+def test_a_study(results):
+    """The final tenth of the curves, by name; without the other half of the comparison there is no study."""
+    folder = results / "studies/value-fits"
+    folder.mkdir(parents=True)
+    for file in (results / "results").glob("ppo_Hopper-v4_s?.*"):
+        config = file.with_suffix(".json").read_text()
+        own = json.loads(config) | json.loads(json.dumps(asdict(importlib.import_module("trpo").Args(env_id="Hopper-v4"))))
+        own |= dict(script="trpo.py", train_v_iters=0, seed=json.loads(config)["seed"])
+        target = folder / file.name.replace("ppo", "value-fits")
+        target.write_text(json.dumps(own) if file.suffix == ".json" else file.read_text())
+    with pytest.raises(RunError, match="no runs"):
+        study("value-fits", arguments(results))
+    for file in folder.iterdir():
+        target = results / "results" / file.name.replace("value-fits", "trpo")
+        text = file.read_text()
+        target.write_text(json.dumps(json.loads(text) | dict(train_v_iters=10)) if file.suffix == ".json" else text)
+    lines = study("value-fits", arguments(results))
+    assert "| TRPO, train_v_iters 0 | 0, 1 | 10.0 ± 10.0 |" in lines  # the last 2 of 20 epochs: 20 and 0
+    assert "| TRPO, train_v_iters 10 | 0, 1 | 10.0 ± 10.0 |" in lines
+    assert (results / "results/value-fits.png").stat().st_size > 10_000
+    for file in folder.glob("*.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(train_v_iters=10)))
+    with pytest.raises(RunError, match="only curves of"):
+        study("value-fits", arguments(results))
+
+
 def test_interquartile_mean():
     assert interquartile_mean(np.array([100, 1, 2, 3, 4, 5, 6, -9])) == np.mean([2, 3, 4, 5])
     assert interquartile_mean(np.array([1.0, 2.0, 6.0])) == 3
@@ -141,16 +244,13 @@ def test_interval_resamples_within_cells():
     assert list(interval([np.array([0.0, 1.0])])) == [0, 1]  # means 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4
 
 
-def test_the_bug_broadcasts(monkeypatch):
+def test_the_bug_broadcasts(restored_ddpg):
     """The loss of the study is that over all pairs, computed here one by one; and without squeeze ddpg.py would say so."""
-    import ddpg
-
-    for name in ("Critic", "q_loss", "__file__"):
-        monkeypatch.setattr(ddpg, name, getattr(ddpg, name))
     asserting = ddpg.q_loss
-    from benchmark import ddpg_no_squeeze
-
+    sys.modules.pop("benchmark.ddpg_no_squeeze", None)
+    ddpg_no_squeeze = importlib.import_module("benchmark.ddpg_no_squeeze")
     q, rew, terminated, next_q = torch.randn(4, 1), torch.randn(4), torch.tensor([0.0, 1.0, 0.0, 0.0]), torch.randn(4, 1)
+    assert (ddpg.Critic, ddpg.q_loss) == (ddpg_no_squeeze.Critic, ddpg_no_squeeze.q_loss)
     target = ddpg.q_target(rew, terminated, next_q, 0.9)
     pairs = [(q[i] - rew[j] - 0.9 * (1 - terminated[j]) * next_q[i]) ** 2 for i in range(4) for j in range(4)]
     torch.testing.assert_close(ddpg_no_squeeze.q_loss(q, target), torch.cat(pairs).mean())
