@@ -39,7 +39,7 @@ class Args(RunArgs):
     init_log_std: float = -0.75  # of the Gaussian policy, whose box is -1 to 1
     norm_obs: bool = True  # normalise observations by their running mean and deviation
     gamma: float = 0.99  # discount
-    lam: float = 0.9  # lambda of GAE
+    lam: float = 0.95  # lambda of GAE
     pi_lr: float = 6e-4  # learning rate of the actor, falls linearly to 0
     vf_lr: float = 6e-4  # learning rate of the critic, falls linearly to 0
     clip_ratio: float = 0.2  # eps: how far from 1 the ratio may go and still gain
