@@ -42,7 +42,7 @@ class Args(RunArgs):
     init_log_std: float = -0.5  # of the Gaussian policy, whose box is -1 to 1
     norm_obs: bool = True  # normalise observations by their running mean and deviation
     gamma: float = 0.99  # discount
-    lam: float = 0.97  # lambda of GAE
+    lam: float = 0.95  # lambda of GAE
     vf_lr: float = 3e-4  # learning rate of the critic, falls linearly to 0
     train_v_iters: int = 10  # passes of the critic over a batch; the actor takes one step on all of it
     minibatch_size: int = 100  # transitions in a gradient step of the critic
