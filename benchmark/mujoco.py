@@ -37,7 +37,7 @@ STUDIES = {  # the reference's exercises 2.1 and 2.2: scripts and grid
     "value-fits": (("trpo.py",), {"env-id": ["Hopper-v4"], "train-v-iters": ["0"], "seed": [*"01234"]}),
     # a smaller network and batch than the defaults, to be quick
     "broadcast": (
-        ("ddpg.py", "benchmark/ddpg_no_squeeze.py"),
+        ("ddpg.py", "benchmark/studies/ddpg_no_squeeze.py"),
         {"total-steps": ["100000"], "hidden-sizes": ["300"], "batch-size": ["64"], "seed": ["0", "10", "20"]},
     ),
 }

@@ -226,7 +226,8 @@ function around the mean return, and advantages are little more than rewards to 
         """## A silent bug
 
 The reference's exercise 2.2: DDPG on HalfCheetah-v4, and DDPG with a critic whose values are (B, 1) instead of (B,), so that
-its loss broadcasts to (B, B) without an error (`benchmark/ddpg_no_squeeze.py`). Networks of one layer of 300, batches of 64.""",
+its loss broadcasts to (B, B) without an error (`benchmark/studies/ddpg_no_squeeze.py`). Networks have one layer of 300, batches
+64 transitions.""",
     ),
 }
 

@@ -23,7 +23,7 @@ from utils.mpi import RunError
 
 @pytest.fixture
 def restored_ddpg(monkeypatch):
-    """ddpg.py as a module, which benchmark/ddpg_no_squeeze.py changes when it is loaded."""
+    """ddpg.py as a module, which benchmark/studies/ddpg_no_squeeze.py changes when it is loaded."""
     for name in ("Critic", "q_loss", "__file__"):
         monkeypatch.setattr(ddpg, name, getattr(ddpg, name))
     return ddpg
@@ -90,6 +90,28 @@ def test_an_interrupted_benchmark_resumes_its_run(tmp_path):
     args = BenchmarkArgs(scripts=("vpg.py",), env_ids=("InvertedPendulum-v4",), seeds=(3,), total_steps=100_000)
     args.data_dir = str(tmp_path / "data")
     assert [run.resumes for run in planned(args)] == [run_dir]
+
+
+def test_the_study_with_the_bug_runs(tmp_path):
+    """As a process of its own, whose import path is the script's folder: nothing there may have the name of a package."""
+    script = ROOT / "benchmark/studies/ddpg_no_squeeze.py"
+    options = [
+        "--env-id",
+        "Hopper-v4",
+        "--total-steps",
+        300,
+        "--steps-per-epoch",
+        300,
+        "--update-after",
+        200,
+        "--start-steps",
+        200,
+    ]
+    done = run(
+        sys.executable, script, *options, "--num-test-episodes", 0, "--data-dir", tmp_path, "--exp-name", "x", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "x/x_s0/config.json").read_text())["script"] == "ddpg_no_squeeze.py"
 
 
 def test_the_suites_are_planned(tmp_path, restored_ddpg):
@@ -247,8 +269,8 @@ def test_interval_resamples_within_cells():
 def test_the_bug_broadcasts(restored_ddpg):
     """The loss of the study is that over all pairs, computed here one by one; and without squeeze ddpg.py would say so."""
     asserting = ddpg.q_loss
-    sys.modules.pop("benchmark.ddpg_no_squeeze", None)
-    ddpg_no_squeeze = importlib.import_module("benchmark.ddpg_no_squeeze")
+    sys.modules.pop("benchmark.studies.ddpg_no_squeeze", None)
+    ddpg_no_squeeze = importlib.import_module("benchmark.studies.ddpg_no_squeeze")
     q, rew, terminated, next_q = torch.randn(4, 1), torch.randn(4), torch.tensor([0.0, 1.0, 0.0, 0.0]), torch.randn(4, 1)
     assert (ddpg.Critic, ddpg.q_loss) == (ddpg_no_squeeze.Critic, ddpg_no_squeeze.q_loss)
     target = ddpg.q_target(rew, terminated, next_q, 0.9)

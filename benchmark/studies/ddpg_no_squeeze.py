@@ -3,7 +3,7 @@
 q and the target's q are then (B, 1) while rew and terminated are (B,). The target broadcasts to (B, B), in which every
 transition's reward meets every other's value, and no error says so. `ddpg.py` asserts equal shapes, which is left out here too.
 
-    python benchmark/ddpg_no_squeeze.py --env-id HalfCheetah-v4
+    python benchmark/studies/ddpg_no_squeeze.py --env-id HalfCheetah-v4
 """
 
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import ddpg  # noqa: E402
 from ddpg import Args, train  # noqa: E402
 
