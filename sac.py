@@ -287,9 +287,8 @@ def train(args):
             while buffer.steps < epoch_end:
                 num_steps = min(block, epoch_end - buffer.steps)
                 ep_rets, ep_lens = buffer.collect(ac, num_steps // num_envs, args.start_steps)
-                metrics = dict.fromkeys(
-                    ["Q1Vals", "Q2Vals", "LossQ", "LossPi", "LogPi", "Alpha"], []
-                )  # blank until the first update
+                # blank until the first update
+                metrics = dict.fromkeys(["Q1Vals", "Q2Vals", "LossQ", "LossPi", "LogPi", "Alpha"], [])
                 if buffer.steps >= args.update_after:
                     for _ in range(num_steps):
                         batch = buffer.sample(args.batch_size // mpi.size(), ac.device)
