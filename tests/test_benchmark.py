@@ -95,21 +95,9 @@ def test_an_interrupted_benchmark_resumes_its_run(tmp_path):
 def test_the_study_with_the_bug_runs(tmp_path):
     """As a process of its own, whose import path is the script's folder: nothing there may have the name of a package."""
     script = ROOT / "benchmark/studies/ddpg_no_squeeze.py"
-    options = [
-        "--env-id",
-        "Hopper-v4",
-        "--total-steps",
-        300,
-        "--steps-per-epoch",
-        300,
-        "--update-after",
-        200,
-        "--start-steps",
-        200,
-    ]
-    done = run(
-        sys.executable, script, *options, "--num-test-episodes", 0, "--data-dir", tmp_path, "--exp-name", "x", cwd=tmp_path
-    )
+    options = "--env-id Hopper-v4 --total-steps 300 --steps-per-epoch 300 --update-after 200 --start-steps 200"
+    options += f" --num-test-episodes 0 --data-dir {tmp_path} --exp-name x"
+    done = run(sys.executable, script, *options.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "x/x_s0/config.json").read_text())["script"] == "ddpg_no_squeeze.py"
 
