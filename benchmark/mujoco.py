@@ -1,4 +1,4 @@
-"""The learning benchmark: six algorithms, five environments, 1,000,000 steps, each file's own defaults; and two studies.
+"""The learning benchmark: six algorithms, five environments, 1,000,000 steps, each file's own defaults; and three studies.
 
     python -m benchmark.mujoco                                                      # all that is missing in benchmark/results
     python -m benchmark.mujoco --scripts ppo.py sac.py --env-ids Hopper-v4 --seeds 0 1
@@ -32,7 +32,7 @@ from utils.plot import ASIDE
 ON_POLICY = ("vpg.py", "trpo.py", "ppo.py")
 OFF_POLICY = ("ddpg.py", "td3.py", "sac.py")
 ENV_IDS = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Swimmer-v4", "Ant-v4")
-STUDIES = {  # the reference's exercises 2.1 and 2.2: scripts and grid
+STUDIES = {  # scripts and grid; the first two are the reference's exercises 2.1 and 2.2
     # the critic of TRPO is not trained at all; the other half of the comparison is in the benchmark itself
     "value-fits": (("trpo.py",), {"env-id": ["Hopper-v4"], "train-v-iters": ["0"], "seed": [*"01234"]}),
     # a smaller network and batch than the defaults, to be quick
@@ -40,15 +40,20 @@ STUDIES = {  # the reference's exercises 2.1 and 2.2: scripts and grid
         ("ddpg.py", "benchmark/studies/ddpg_no_squeeze.py"),
         {"total-steps": ["100000"], "hidden-sizes": ["300"], "batch-size": ["64"], "seed": ["0", "10", "20"]},
     ),
+    # against the first 300,000 steps of the benchmark's runs, whose alpha is fixed
+    "autotune": (
+        ("sac.py",),
+        {"env-id": ["HalfCheetah-v4", "Hopper-v4"], "autotune": ["True"], "total-steps": ["300000"], "seed": ["0", "1"]},
+    ),
 }
 
 
 @dataclass
 class Args:
-    suite: Literal["learning", "value-fits", "broadcast"] = "learning"  # the benchmark, or a study, which --seeds can shorten
+    suite: Literal["learning", "value-fits", "broadcast", "autotune"] = "learning"  # the benchmark, or a study
     scripts: tuple[str, ...] = ON_POLICY + OFF_POLICY  # algorithm files of the benchmark
     env_ids: tuple[str, ...] = ENV_IDS  # environments of the benchmark
-    seeds: tuple[int, ...] | None = None  # default: 0 to 4 on-policy, 0 and 1 off-policy; in a study, its own
+    seeds: tuple[int, ...] | None = None  # default: 0 to 4 on-policy, 0 and 1 off-policy; in a study, its own, or a part of them
     total_steps: int = 1_000_000  # environment steps of a run of the benchmark
     workers: int = os.cpu_count() or 1  # runs at a time, each of one thread
     data_dir: str = "data"  # run directories

@@ -213,6 +213,20 @@ def broadcast(args):
     return runs
 
 
+def autotune(args):
+    """The runs of the study of SAC's entropy coefficient, and the benchmark's with the same seeds up to as many steps, named."""
+    runs = load_runs([args.studies / "autotune"])
+    there = {(run.env_id, run.config["seed"]): run.config["total_steps"] for run in runs}
+    for run in load_runs([args.results]):
+        steps = there.get((run.env_id, run.config["seed"]))
+        if steps and run.config["script"] == "sac.py" and has_defaults(run.config):
+            run.rows = run.rows[run.rows["TotalEnvInteracts"] <= steps]
+            runs.append(run)
+    for run in runs:
+        run.name = "SAC, --autotune" if run.config["autotune"] else f"SAC, alpha {run.config['alpha']}"
+    return runs
+
+
 STUDIES = {  # functions that load the runs, text
     "value-fits": (
         value_fits,
@@ -229,6 +243,13 @@ The reference's exercise 2.2: DDPG on HalfCheetah-v4, and DDPG with a critic who
 its loss broadcasts to (B, B) without an error (`benchmark/studies/ddpg_no_squeeze.py`). Networks have one layer of 300, batches
 64 transitions.""",
     ),
+    "autotune": (
+        autotune,
+        """## SAC's entropy coefficient
+
+Learned with `--autotune`, which starts it at 0.2 and holds the entropy at minus the number of action dimensions, or fixed at 0.2,
+the default: the first 300,000 steps of the benchmark's runs.""",
+    ),
 }
 
 
@@ -241,13 +262,13 @@ def study(suite, args):
     if len(names) < 2:
         raise RunError(f"the study {suite} has only curves of {names}")
     smooth, rows = 1 if "num_test_episodes" in runs[0].config else 10, []
-    for name in names:
-        there = [run for run in runs if run.name == name]
+    for env_id, name in sorted({(run.env_id, run.name) for run in runs}):
+        there = [run for run in runs if (run.env_id, run.name) == (env_id, name)]
         finals = [run.rows["AverageEpRet"].tail(len(run.rows) // 10).mean() for run in there]
         seeds = ", ".join(str(seed) for seed in sorted(run.config["seed"] for run in there))
-        rows.append([name, seeds, f"{number(np.mean(finals))} ± {number(np.std(finals))}"])
+        rows.append([name, env_id, seeds, f"{number(np.mean(finals))} ± {number(np.std(finals))}"])
     save(plot(runs, smooth=smooth), args.results / f"{suite}.png")
-    return [text, "", command, "", *table(["", "seeds", "final 10%"], rows), "", f"![{suite}]({suite}.png)", ""]
+    return [text, "", command, "", *table(["", "environment", "seeds", "final 10%"], rows), "", f"![{suite}]({suite}.png)", ""]
 
 
 def write(args):

@@ -112,6 +112,8 @@ def test_the_suites_are_planned(tmp_path, restored_ddpg):
     bugs = planned(BenchmarkArgs(suite="broadcast", data_dir=str(tmp_path)))
     names = ["broadcast_ddpg", "broadcast_ddpg_no_squeeze"]
     assert [str(run) for run in bugs] == [f"{name}_s{seed}" for name in names for seed in (0, 10, 20)]
+    alphas = planned(BenchmarkArgs(suite="autotune", seeds=(0,), data_dir=str(tmp_path)))
+    assert [(run.args.env_id, run.args.autotune) for run in alphas] == [("HalfCheetah-v4", True), ("Hopper-v4", True)]
     with pytest.raises(RunError, match="--suite broadcast"):
         planned(BenchmarkArgs(suite="broadcast", total_steps=5, data_dir=str(tmp_path)))
     with pytest.raises(RunError, match="--workers 0"):
@@ -235,13 +237,30 @@ def test_a_study(results):
         text = file.read_text()
         target.write_text(json.dumps(json.loads(text) | dict(train_v_iters=10)) if file.suffix == ".json" else text)
     lines = study("value-fits", arguments(results))
-    assert "| TRPO, train_v_iters 0 | 0, 1 | 10.0 ± 10.0 |" in lines  # the last 2 of 20 epochs: 20 and 0
-    assert "| TRPO, train_v_iters 10 | 0, 1 | 10.0 ± 10.0 |" in lines
+    assert "| TRPO, train_v_iters 0 | Hopper-v4 | 0, 1 | 10.0 ± 10.0 |" in lines  # the last 2 of 20 epochs: 20 and 0
+    assert "| TRPO, train_v_iters 10 | Hopper-v4 | 0, 1 | 10.0 ± 10.0 |" in lines
     assert (results / "results/value-fits.png").stat().st_size > 10_000
     for file in folder.glob("*.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | dict(train_v_iters=10)))
     with pytest.raises(RunError, match="only curves of"):
         study("value-fits", arguments(results))
+
+
+def test_the_study_of_alpha_compares_equal_seeds_and_steps(results):
+    folder = results / "studies/autotune"
+    folder.mkdir(parents=True)
+    config = json.loads((results / "results/sac_Hopper-v4_s0.json").read_text())
+    tuned = config | dict(autotune=True, total_steps=400_000)
+    (folder / "autotune_Hopper-v4_s0.json").write_text(json.dumps(tuned))
+    rows = [f"{20_000 * k},{k},1.0" for k in range(1, 21)]
+    (folder / "autotune_Hopper-v4_s0.csv").write_text("\n".join(["steps,ret,steps_per_sec", *rows]) + "\n")
+    (results / "results/sac_Hopper-v4_s1.json").write_text(json.dumps(config | dict(seed=1)))
+    rows = [f"{20_000 * k},{2 * k if k <= 20 else 900},1.0" for k in range(1, 51)]
+    for seed in 0, 1:
+        (results / f"results/sac_Hopper-v4_s{seed}.csv").write_text("\n".join(["steps,ret,steps_per_sec", *rows]) + "\n")
+    lines = study("autotune", arguments(results))
+    assert "| SAC, --autotune | Hopper-v4 | 0 | 19.5 ± 0.0 |" in lines  # the last 2 of 20 tests
+    assert "| SAC, alpha 0.2 | Hopper-v4 | 0 | 39.0 ± 0.0 |" in lines
 
 
 def test_interquartile_mean():

@@ -164,7 +164,7 @@ ppo.train(ppo.Args(env_id="CartPole-v1", num_envs=2, data_dir={str(tmp_path)!r})
 
 def test_ranks_share_the_work(tmp_path):
     """As many gradient steps, of half the size on each rank, and one decision on the KL, though each rank sees another KL."""
-    program = f"""
+    program = """
 import pathlib, sys, torch, ppo
 from utils import mpi
 sizes, own_kls, kls = [], [], []
@@ -176,9 +176,9 @@ def spy(*args):
 ppo.approx_kl = spy
 gathered = mpi.gather([1.0, 2.0] if mpi.rank() == 0 else [3.0] * (mpi.size() - 1))
 ppo.train(ppo.Args(env_id="CartPole-v1", total_steps=800, steps_per_epoch=200, num_envs=2, minibatch_size=50, target_kl=0.004,
-                   data_dir=sys.argv[1], exp_name=f"n{{mpi.size()}}"))
+                   data_dir=sys.argv[1], exp_name=f"n{mpi.size()}"))
 steps = sum(size in (25, 50) for size in sizes)
-pathlib.Path(sys.argv[1], f"{{mpi.size()}}_{{mpi.rank()}}.txt").write_text(f"{{steps}} {{own_kls}} {{list(gathered)}}")
+pathlib.Path(sys.argv[1], f"{mpi.size()}_{mpi.rank()}.txt").write_text(f"{steps} {own_kls} {list(gathered)}")
 """
     (tmp_path / "program.py").write_text(program)
     done = mpirun(tmp_path / "program.py", tmp_path, PYTHONPATH=str(ROOT))
