@@ -30,7 +30,7 @@ from utils.logger import Logger, RunArgs, check, check_finite, make_env, use_pro
 class Args(RunArgs):
     env_id: str = "HalfCheetah-v4"  # a Gymnasium environment with flat observations and bounded continuous actions
     seed: int = 0  # of networks, environments, noise and minibatches
-    total_steps: int = 1_000_000  # environment steps in all
+    total_steps: int = 1_000_000  # environment steps in all, rounded up to whole epochs
     steps_per_epoch: int = 10_000  # environment steps between two rows of the log, and between two tests
     num_envs: int = 1  # environments, stepped one after the other; at least one per MPI process
     max_ep_len: int | None = None  # steps until an episode is truncated; default: the environment's own limit

@@ -30,7 +30,7 @@ from utils.logger import Logger, RunArgs, check, check_finite, make_env, use_pro
 class Args(RunArgs):
     env_id: str = "HalfCheetah-v4"  # a Gymnasium environment with flat observations
     seed: int = 0  # of networks, environments and actions
-    total_steps: int = 1_000_000  # environment steps in all
+    total_steps: int = 1_000_000  # environment steps in all, rounded up to whole epochs
     steps_per_epoch: int = 2000  # environment steps in a batch
     num_envs: int = 8  # environments, stepped one after the other
     max_ep_len: int | None = None  # steps until an episode is truncated; default: the environment's own limit
@@ -44,7 +44,7 @@ class Args(RunArgs):
     vf_lr: float = 6e-4  # learning rate of the critic, falls linearly to 0
     clip_ratio: float = 0.2  # eps: how far from 1 the ratio may go and still gain
     train_iters: int = 10  # passes over a batch
-    minibatch_size: int = 200  # transitions in a gradient step
+    minibatch_size: int = 200  # transitions in a gradient step, at most: the batch is split evenly
     target_kl: float = 0.1  # a pass that ends with KL(pi_old | pi) above 1.5 times this is the last one
 
 

@@ -33,7 +33,7 @@ from utils.logger import Logger, RunArgs, check, check_finite, make_env, use_pro
 class Args(RunArgs):
     env_id: str = "HalfCheetah-v4"  # a Gymnasium environment with flat observations
     seed: int = 0  # of networks, environments and actions
-    total_steps: int = 1_000_000  # environment steps in all
+    total_steps: int = 1_000_000  # environment steps in all, rounded up to whole epochs
     steps_per_epoch: int = 2000  # environment steps in a batch
     num_envs: int = 8  # environments, stepped one after the other
     max_ep_len: int | None = None  # steps until an episode is truncated; default: the environment's own limit
@@ -45,7 +45,7 @@ class Args(RunArgs):
     lam: float = 0.95  # lambda of GAE
     vf_lr: float = 3e-4  # learning rate of the critic, falls linearly to 0
     train_v_iters: int = 10  # passes of the critic over a batch; the actor takes one step on all of it
-    minibatch_size: int = 100  # transitions in a gradient step of the critic
+    minibatch_size: int = 100  # transitions in a gradient step of the critic, at most: the batch is split evenly
     algo: Literal["trpo", "npg"] = "trpo"  # npg, the natural policy gradient: the first step without the line search
     delta: float = 0.02  # largest KL(pi_old | pi) of a step
     damping_coeff: float = 0.1  # this much of the identity is added to H

@@ -146,7 +146,7 @@ def test_defaults_divide_by_the_usual_numbers_of_ranks(script, ranks):
 def test_what_does_not_divide_by_the_ranks_is_refused(script, tmp_path):
     done = mpirun(ROOT / f"{script.__name__}.py", "--num-envs", 3, "--steps-per-epoch", 300, cwd=tmp_path)
     assert done.returncode != 0 and done.stderr.count("error:") == 1
-    assert "--num-envs 3: does not divide by the number of ranks, 2; try 2 or 4" in done.stderr
+    assert "--num-envs 3: is not a multiple of the number of ranks, 2; try 2 or 4" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -272,5 +272,5 @@ def test_off_policy_defaults_divide_by_the_usual_numbers_of_ranks(script, ranks)
 def test_off_policy_what_does_not_divide_by_the_ranks_is_refused(tmp_path):
     for options, words in [(["--batch-size", 33], "--batch-size 33"), (["--num-envs", 3], "--num-envs 3")]:
         done = mpirun(ROOT / "sac.py", *options, cwd=tmp_path)
-        assert done.returncode != 0 and f"{words}: does not divide by the number of ranks, 2; try" in done.stderr
+        assert done.returncode != 0 and f"{words}: is not a multiple of the number of ranks, 2; try" in done.stderr
         assert list(tmp_path.iterdir()) == []

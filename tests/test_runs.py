@@ -333,8 +333,11 @@ def test_off_policy_bad_input_is_refused_before_anything_is_written(script, tmp_
 
 @ONLY_OFF_POLICY
 def test_more_start_steps_than_steps_is_a_warning(script, tmp_path, capsys):
-    script.train(small_off_policy(script, tmp_path, start_steps=240))
-    assert "--start-steps 240: all 240 steps will be random" in capsys.readouterr().err
+    script.train(small_off_policy(script, tmp_path, start_steps=240, total_steps=130))  # two epochs of 120
+    out, err = capsys.readouterr()
+    assert "--start-steps 240: all 240 steps will be random" in err and "240 steps in epochs of 120" in out
+    script.train(small_off_policy(script, tmp_path, start_steps=200, total_steps=130))
+    assert "will be random" not in capsys.readouterr().err
 
 
 def test_fast_matmul_is_float32(tmp_path, monkeypatch):

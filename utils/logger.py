@@ -110,7 +110,7 @@ def check(args, action_spaces, **divisors):
         if value % divisor:
             nearest = [k * divisor for k in (value // divisor, value // divisor + 1) if k]
             what = f"--num-envs {divisor}" if name == "steps_per_epoch" else f"the number of ranks, {divisor}"
-            raise RunError(f"{_flag(name)} {value}: does not divide by {what}; try {' or '.join(map(str, nearest))}")
+            raise RunError(f"{_flag(name)} {value}: is not a multiple of {what}; try {' or '.join(map(str, nearest))}")
     if args.exp_name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+=,-]*", args.exp_name):
         raise RunError(
             f"--exp-name {args.exp_name!r}: use letters, digits and _ . + = , - only, beginning with a letter or digit"
@@ -143,7 +143,13 @@ def check(args, action_spaces, **divisors):
         _check_off_policy(args, obs_space, act_space)
 
 
+def _whole_epochs(args):
+    """The steps that a run really takes."""
+    return math.ceil(args.total_steps / args.steps_per_epoch) * args.steps_per_epoch
+
+
 def _check_off_policy(args, obs_space, act_space):
+    total_steps = _whole_epochs(args)
     if not act_space.is_bounded():
         raise RunError(
             f"--env-id {args.env_id}: this algorithm needs bounded actions, not {act_space}; "
@@ -154,14 +160,14 @@ def _check_off_policy(args, obs_space, act_space):
             f"--batch-size {args.batch_size}: the first update, after --update-after {args.update_after} steps, would find "
             f"fewer transitions; try --update-after {args.batch_size}"
         )
-    if args.start_steps >= args.total_steps and mpi.rank() == 0:
-        print(f"warning: --start-steps {args.start_steps}: all {args.total_steps} steps will be random", file=sys.stderr)
-    if args.update_after > args.total_steps and mpi.rank() == 0:
-        print(f"warning: --update-after {args.update_after}: no update in {args.total_steps} steps", file=sys.stderr)
+    if args.start_steps >= total_steps and mpi.rank() == 0:
+        print(f"warning: --start-steps {args.start_steps}: all {total_steps} steps will be random", file=sys.stderr)
+    if args.update_after > total_steps and mpi.rank() == 0:
+        print(f"warning: --update-after {args.update_after}: no update in {total_steps} steps", file=sys.stderr)
     if args.num_test_episodes and args.max_ep_len is None and gym.spec(args.env_id).max_episode_steps is None and mpi.rank() == 0:
         print(f"warning: {args.env_id} has no limit of steps: a test may never end; see --max-ep-len", file=sys.stderr)
     transition = 4 * (2 * obs_space.shape[0] + act_space.shape[0] + 2)  # bytes
-    needed, free = transition * min(args.replay_size, args.total_steps), _free_memory()
+    needed, free = transition * min(args.replay_size, total_steps), _free_memory()
     if needed > free:
         raise RunError(
             f"--replay-size {args.replay_size}: needs {needed / 2**30:.1f} GiB of memory, of which {free / 2**30:.1f} GiB are "
@@ -652,8 +658,9 @@ class _Display:
 
     def __init__(self, run_dir, args):
         ranks = f"{mpi.size()} ranks" if mpi.size() > 1 else "1 process"
-        print(f"{run_dir}  ({args.env_id}, seed {args.seed}, {args.total_steps:,} steps, {args.device}, {ranks})", flush=True)
-        self.total, self.last_line = args.total_steps, -math.inf
+        self.total, self.last_line = _whole_epochs(args), -math.inf
+        steps = f"{self.total:,} steps in epochs of {args.steps_per_epoch:,}"
+        print(f"{run_dir}  ({args.env_id}, seed {args.seed}, {steps}, {args.device}, {ranks})", flush=True)
         self.live = self.row = self.printed = None
         self.ret = "-"  # of the last epoch in which an episode ended
         if Console().is_terminal:
