@@ -30,14 +30,14 @@ from utils.logger import Logger, RunArgs, check, check_finite, make_env, use_pro
 @dataclass
 class Args(RunArgs):
     env_id: str = "HalfCheetah-v4"  # a Gymnasium environment with flat observations and bounded continuous actions
-    seed: int = 0  # of networks, environments, noise and minibatches
+    seed: int = 0  # seed of the networks, environments, noise and minibatches
     total_steps: int = 1_000_000  # environment steps in all, rounded up to whole epochs
     steps_per_epoch: int = 10_000  # environment steps between two rows of the log, and between two tests
     num_envs: int = 1  # environments, stepped one after the other; at least one per MPI process
     max_ep_len: int | None = None  # steps until an episode is truncated; default: the environment's own limit
     num_test_episodes: int = 10  # deterministic episodes at the end of each epoch
-    hidden_sizes: tuple[int, ...] = (256, 256)  # of the actor and of each critic
-    activation: Literal["tanh", "relu", "elu"] = "relu"  # of the hidden layers
+    hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers, of the actor and of each critic
+    activation: Literal["tanh", "relu", "elu"] = "relu"  # activation of the hidden layers
     gamma: float = 0.99  # discount
     polyak: float = 0.995  # how much of the target networks stays at each of their updates
     pi_lr: float = 1e-3  # learning rate of the actor
@@ -100,7 +100,7 @@ class ReplayBuffer:
         at = self.stored % len(self.arrays.obs)
         for array, value in zip(self.arrays, transition, strict=True):
             array[at] = value
-        check_finite(self.steps, observation=self.arrays.next_obs[at], reward=self.arrays.rew[at])
+        check_finite(self.steps + 1, observation=self.arrays.next_obs[at], reward=self.arrays.rew[at])
         self.stored += 1
 
     def sample(self, batch_size, device):
@@ -118,14 +118,14 @@ def mlp(sizes, activation):
 
 
 class Actor(nn.Module):
-    """pi(act|obs): a Gaussian squashed by tanh, whose mean and deviation depend on obs."""
+    """pi(act|obs): a Gaussian squashed by tanh, whose mean and standard deviation depend on obs."""
 
     def __init__(self, obs_dim, act_dim, hidden_sizes, activation):
         super().__init__()
         self.net = mlp([obs_dim, *hidden_sizes, 2 * act_dim], activation)
 
     def forward(self, obs):
-        """obs (B, obs_dim) -> mean and log of the deviation before the squashing, both (B, act_dim)"""
+        """obs (B, obs_dim) -> mean and log standard deviation before the squashing, both (B, act_dim)"""
         mu, log_std = self.net(obs).chunk(2, -1)
         return mu, log_std.clamp(-20, 2)  # the bounds of the authors' code
 
@@ -214,7 +214,7 @@ def polyak_average(module, target, polyak):
 
 
 def gradient_step(optimizer, loss):
-    """A step on the optimizer's own parameters; what else the loss depends on, gets no gradient."""
+    """A step on the optimizer's own parameters; anything else the loss depends on gets no gradient."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
     loss.backward(inputs=params)

@@ -4,7 +4,7 @@
     theta <- theta + c^j sqrt(2 delta / x^T H x) x,   x = H^-1 g,   H = Hessian of KL(pi_old | pi),   g = gradient of -L_pi
     L_pi = -mean ratio adv,   ratio = pi(act|obs) / pi_old(act|obs)
     L_v  =  mean (V(obs) - ret)^2,   ret = adv + V(obs) of the critic before the pass over the batch
-    adv  =  generalized advantage estimates (GAE), arXiv:1506.02438; in L_pi normalised to mean 0 and deviation 1
+    adv  =  generalized advantage estimates (GAE), arXiv:1506.02438; in L_pi normalised to mean 0 and standard deviation 1
 
 Beyond the paper, by arXiv:2006.05990: normalised observations and value targets, small first actions, advantages computed
 anew for each pass over the batch, learning rates that fall to 0.
@@ -32,22 +32,22 @@ from utils.logger import Logger, RunArgs, check, check_finite, make_env, use_pro
 @dataclass
 class Args(RunArgs):
     env_id: str = "HalfCheetah-v4"  # a Gymnasium environment with flat observations
-    seed: int = 0  # of networks, environments and actions
+    seed: int = 0  # seed of the networks, environments and actions
     total_steps: int = 1_000_000  # environment steps in all, rounded up to whole epochs
     steps_per_epoch: int = 2000  # environment steps in a batch
     num_envs: int = 8  # environments, stepped one after the other
     max_ep_len: int | None = None  # steps until an episode is truncated; default: the environment's own limit
-    hidden_sizes: tuple[int, ...] = (64, 64)  # of the actor and of the critic
-    activation: Literal["tanh", "relu", "elu"] = "tanh"  # of the hidden layers
-    init_log_std: float = -0.5  # of the Gaussian policy, whose box is -1 to 1
-    norm_obs: bool = True  # normalise observations by their running mean and deviation
+    hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers, of the actor and of the critic
+    activation: Literal["tanh", "relu", "elu"] = "tanh"  # activation of the hidden layers
+    init_log_std: float = -0.5  # initial log standard deviation of the Gaussian policy; -1 and 1 are the action bounds
+    norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     gamma: float = 0.99  # discount
     lam: float = 0.95  # lambda of GAE
     vf_lr: float = 3e-4  # learning rate of the critic, falls linearly to 0
     train_v_iters: int = 10  # passes of the critic over a batch; the actor takes one step on all of it
     minibatch_size: int = 100  # transitions in a gradient step of the critic, at most: the batch is split evenly
     algo: Literal["trpo", "npg"] = "trpo"  # npg, the natural policy gradient: the first step without the line search
-    delta: float = 0.02  # largest KL(pi_old | pi) of a step
+    delta: float = 0.02  # largest KL(pi_old | pi) of a step; npg, without its line search, only aims at it
     damping_coeff: float = 0.1  # this much of the identity is added to H
     cg_iters: int = 10  # iterations of conjugate gradient
     backtrack_iters: int = 10  # steps that the line search tries
@@ -69,8 +69,8 @@ class Batch(NamedTuple):
 class Buffer:
     """Steps N environments and stores T steps of each, as arrays of shape (T, N, ...).
 
-    Their first episodes are truncated at 1/N, 2/N, ... 1 of the limit. If all ended together, a batch shorter than an
-    episode would hold the same part of each, and the policy would learn for one part at a time."""
+    Their first episodes are truncated after 1/N, 2/N, ... N/N of the step limit. If all ended together, a batch shorter than
+    an episode would hold the same part of each, and the policy would learn for one part at a time."""
 
     def __init__(self, envs, num_steps, seeds):
         shape, obs_space, act_space = (num_steps, len(envs)), envs[0].observation_space, envs[0].action_space
@@ -156,7 +156,7 @@ def mlp(sizes, activation, out_gain):
 
 
 class Actor(nn.Module):
-    """pi(act|obs): a Categorical over Discrete actions; over a Box, a Gaussian whose deviation is the same for all obs."""
+    """pi(act|obs): a Categorical over Discrete actions; over a Box, a Gaussian of one standard deviation for all obs."""
 
     def __init__(self, obs_dim, act_space, hidden_sizes, activation, init_log_std):
         super().__init__()
@@ -174,7 +174,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """V(obs), in units in which the returns so far have mean 0 and deviation 1."""
+    """V(obs), in units in which the returns so far have mean 0 and standard deviation 1."""
 
     def __init__(self, obs_dim, hidden_sizes, activation):
         super().__init__()
@@ -297,7 +297,7 @@ def conjugate_gradient(product, b, iters):
 
 
 def minibatches(size, *tensors):
-    """Shuffle tensors (T, N, ...) alike and split them into tuples of tensors (B, ...), of equal B <= size up to rounding."""
+    """Shuffle tensors (T, N, ...) alike and split them into tuples of tensors (B, ...), B <= size and as equal as can be."""
     tensors = [x.flatten(0, 1) for x in tensors]
     order = torch.randperm(len(tensors[0])).to(tensors[0].device)
     return zip(*(x[order].tensor_split(math.ceil(len(order) / size)) for x in tensors), strict=True)
@@ -317,7 +317,8 @@ def diagnose(ac, batch, args):
 
 
 def update_policy(ac, batch, adv, args):
-    """One step of KL(pi_old | pi) <= delta. Returns the KL and how often the step was shortened; if too often, none is taken."""
+    """One step of KL(pi_old | pi) <= delta, for npg only nearly. Returns the KL and how often the line search shortened the step;
+    backtrack_iters times means that none was taken."""
     params = list(ac.pi.parameters())
     with torch.no_grad():
         pi_old = ac.pi(batch.obs)

@@ -2,7 +2,7 @@
 
     L_pi = -mean log pi(act|obs) adv
     L_v  =  mean (V(obs) - ret)^2,   ret = adv + V(obs) of the critic before the pass over the batch
-    adv  =  generalized advantage estimates (GAE), arXiv:1506.02438; in L_pi normalised to mean 0 and deviation 1
+    adv  =  generalized advantage estimates (GAE), arXiv:1506.02438; in L_pi normalised to mean 0 and standard deviation 1
 
 Beyond the paper, by arXiv:2006.05990: normalised observations and value targets, small first actions, advantages computed
 anew for each pass over the batch, learning rates that fall to 0.
@@ -29,15 +29,15 @@ from utils.logger import Logger, RunArgs, check, check_finite, make_env, use_pro
 @dataclass
 class Args(RunArgs):
     env_id: str = "HalfCheetah-v4"  # a Gymnasium environment with flat observations
-    seed: int = 0  # of networks, environments and actions
+    seed: int = 0  # seed of the networks, environments and actions
     total_steps: int = 1_000_000  # environment steps in all, rounded up to whole epochs
     steps_per_epoch: int = 1000  # environment steps in a batch
     num_envs: int = 8  # environments, stepped one after the other
     max_ep_len: int | None = None  # steps until an episode is truncated; default: the environment's own limit
-    hidden_sizes: tuple[int, ...] = (64, 64)  # of the actor and of the critic
-    activation: Literal["tanh", "relu", "elu"] = "tanh"  # of the hidden layers
-    init_log_std: float = -0.5  # of the Gaussian policy, whose box is -1 to 1
-    norm_obs: bool = True  # normalise observations by their running mean and deviation
+    hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers, of the actor and of the critic
+    activation: Literal["tanh", "relu", "elu"] = "tanh"  # activation of the hidden layers
+    init_log_std: float = -0.5  # initial log standard deviation of the Gaussian policy; -1 and 1 are the action bounds
+    norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     gamma: float = 0.99  # discount
     lam: float = 0.95  # lambda of GAE
     pi_lr: float = 5e-3  # learning rate of the actor, falls linearly to 0
@@ -61,8 +61,8 @@ class Batch(NamedTuple):
 class Buffer:
     """Steps N environments and stores T steps of each, as arrays of shape (T, N, ...).
 
-    Their first episodes are truncated at 1/N, 2/N, ... 1 of the limit. If all ended together, a batch shorter than an
-    episode would hold the same part of each, and the policy would learn for one part at a time."""
+    Their first episodes are truncated after 1/N, 2/N, ... N/N of the step limit. If all ended together, a batch shorter than
+    an episode would hold the same part of each, and the policy would learn for one part at a time."""
 
     def __init__(self, envs, num_steps, seeds):
         shape, obs_space, act_space = (num_steps, len(envs)), envs[0].observation_space, envs[0].action_space
@@ -148,7 +148,7 @@ def mlp(sizes, activation, out_gain):
 
 
 class Actor(nn.Module):
-    """pi(act|obs): a Categorical over Discrete actions; over a Box, a Gaussian whose deviation is the same for all obs."""
+    """pi(act|obs): a Categorical over Discrete actions; over a Box, a Gaussian of one standard deviation for all obs."""
 
     def __init__(self, obs_dim, act_space, hidden_sizes, activation, init_log_std):
         super().__init__()
@@ -166,7 +166,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """V(obs), in units in which the returns so far have mean 0 and deviation 1."""
+    """V(obs), in units in which the returns so far have mean 0 and standard deviation 1."""
 
     def __init__(self, obs_dim, hidden_sizes, activation):
         super().__init__()
@@ -260,7 +260,7 @@ def approx_kl(logp, logp_old):  # both (B,)
 
 
 def minibatches(size, *tensors):
-    """Shuffle tensors (T, N, ...) alike and split them into tuples of tensors (B, ...), of equal B <= size up to rounding."""
+    """Shuffle tensors (T, N, ...) alike and split them into tuples of tensors (B, ...), B <= size and as equal as can be."""
     tensors = [x.flatten(0, 1) for x in tensors]
     order = torch.randperm(len(tensors[0])).to(tensors[0].device)
     return zip(*(x[order].tensor_split(math.ceil(len(order) / size)) for x in tensors), strict=True)

@@ -289,6 +289,7 @@ On-policy, a point of a curve is the mean return in training, of the stochastic 
 the TD3 paper; *final 10%* is the mean over the last 10% of the steps; ± is the standard deviation over the seeds. *Best
 published* is the highest mean that we know for the algorithm at {args.total_steps:,} steps, from `benchmark/published.csv` (for
 VPG that of A2C, a policy gradient with a critic as ours is); *ratio* is our best point divided by it, bold where it falls short.
+The fewer seeds a curve is averaged over, the more noise its best point holds, and the more it flatters.
 
 Best point / best published (ratio):
 """,
@@ -321,7 +322,9 @@ resamples the seeds within each cell (arXiv:2108.13264), which is too narrow whe
     commits, versions = {}, set()
     for cell in there:
         for run in cell.experiment.runs.values():
-            commits.setdefault(str(run.config.get("git_commit"))[:10], {})[cell.algo.upper()] = None
+            for made in run.config, *run.config.get("resumed", []):
+                commit, *dirty = str(made.get("git_commit")).partition("-")
+                commits.setdefault("".join([commit[:10], *dirty]), {})[cell.algo.upper()] = None
             versions.add(", ".join(f"{name} {version}" for name, version in run.config.get("versions", {}).items()))
     runs = "; ".join(f"{commit} ({', '.join(algos)})" for commit, algos in commits.items())
     lines += ["## Runs", "", f"Commits: {runs}.", f"Versions: {'; '.join(sorted(versions))}.", ""]

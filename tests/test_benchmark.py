@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from conftest import ROOT, run
 import ddpg
 from benchmark.mujoco import Args as BenchmarkArgs
 from benchmark.mujoco import planned
-from benchmark.report import Args, interquartile_mean, interval, load_cells, main, score_table, study, summary_table
+from benchmark.report import Args, interquartile_mean, interval, load_cells, main, score_table, study, summary_table, write
 from utils.mpi import RunError
 
 
@@ -153,7 +154,8 @@ def results(tmp_path):
     (tmp_path / "results" / "ppo_Ant-v4_s1.csv").write_text("")
     (tmp_path / "results" / "ppo_Ant-v4_s2.csv").write_text("steps,ret,steps_per_sec\n")
     keep("ppo", "Walker2d-v4", 0, [1, 3] * 10)
-    keep("sac", "Hopper-v4", 0, [1, 2, 16, 4, 4, 4, 4, 4, 4, 5], num_test_episodes=10)
+    resumed = [dict(git_commit="1234567890abcdef-dirty")]
+    keep("sac", "Hopper-v4", 0, [1, 2, 16, 4, 4, 4, 4, 4, 4, 5], num_test_episodes=10, resumed=resumed)
     return tmp_path
 
 
@@ -198,7 +200,7 @@ def test_the_report_says_what_is_missing(results, capsys):
     text = (results / "results/README.md").read_text()
     assert "PPO Hopper-v4" not in text.split("Missing: ")[1].splitlines()[0]
     assert "PPO Hopper-v4 (2), PPO Walker2d-v4 (1), SAC Hopper-v4 (1)." in text.split("Fewer seeds than planned: ")[1]
-    assert "abc0 (VPG, PPO, SAC); abc1 (PPO)" in text
+    assert "abc0 (VPG, PPO, SAC); abc1 (PPO); 1234567890-dirty (SAC)" in text
     assert "VPG HalfCheetah-v4" in text.split("Missing: ")[1].splitlines()[0]
     assert "benchmark.mujoco --suite value-fits" in text
     assert "benchmark.mujoco --suite broadcast" in text
@@ -207,10 +209,12 @@ def test_the_report_says_what_is_missing(results, capsys):
     assert "**0.50**" in capsys.readouterr().out
 
 
-def test_the_committed_tables_are_those_of_the_committed_curves():
-    families = load_cells(Args(*(ROOT / path for path in (Args.results, Args.studies, Args.published))))
-    for file in ("README.md", "benchmark/results/README.md"):
-        assert "\n".join(summary_table(families)) in (ROOT / file).read_text()
+def test_the_committed_report_is_that_of_the_committed_curves(tmp_path):
+    for file in [*(ROOT / Args.results).glob("*.csv"), *(ROOT / Args.results).glob("*.json")]:
+        shutil.copy(file, tmp_path)
+    families = write(Args(tmp_path, ROOT / Args.studies, ROOT / Args.published))
+    assert (tmp_path / "README.md").read_text() == (ROOT / Args.results / "README.md").read_text()
+    assert "\n".join(summary_table(families)) in (ROOT / "README.md").read_text()
 
 
 def test_a_report_of_nothing_is_one_line(tmp_path):

@@ -190,6 +190,15 @@ pathlib.Path(sys.argv[1], f"{mpi.size()}_{mpi.rank()}.txt").write_text(f"{steps}
     assert "[1.0, 2.0, 3.0]" in first.replace("np.float64(", "").replace(")", "")
 
 
+def test_film_for_wandb(tmp_path):
+    """Made in a process that is no rank, though it inherits the environment of one."""
+    pytest.importorskip("wandb")
+    options = [*SMALL, "--env-id", "Hopper-v4", "--track", "--wandb-video", "--data-dir", tmp_path]
+    done = mpirun(ROOT / "ppo.py", *options, cwd=tmp_path, WANDB_MODE="offline")
+    assert done.returncode == 0 and "W&B:" not in done.stderr, done.stderr
+    assert (tmp_path / "ppo_Hopper-v4/ppo_Hopper-v4_s0/video.mp4").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("blocked", ["mpi4py", "wandb"])
 def test_runs_without_the_optional_packages(tmp_path, blocked):
     program = f"import sys; sys.modules[{blocked!r}] = None; import ppo, tyro; ppo.train(tyro.cli(ppo.Args))"

@@ -235,16 +235,27 @@ def test_environment_that_remembers_more_is_refused():
         other.load_state_dict(saved)
 
 
-def test_half_a_checkpoint_of_several_ranks_is_not_used_and_deleted(tmp_path):
+def test_half_a_checkpoint_is_not_used_and_deleted(tmp_path):
     ppo.train(tiny(ppo, tmp_path))
     path = run_dir(tmp_path)
-    config = json.loads((path / "config.json").read_text())
     (good,) = (path / "checkpoint").iterdir()
-    stale = path / "checkpoint/900_rank0.pt.part"
-    stale.write_bytes(b"half")
-    assert config["ranks"] == 1
+    (path / "checkpoint/900_rank0.pt.part").write_bytes(b"half")
     ppo.train(ppo.Args(resume=str(path)))
     assert list((path / "checkpoint").iterdir()) == [good]
+
+
+def test_a_checkpoint_that_one_rank_lacks_is_not_used_and_deleted(tmp_path):
+    """As if the job had been killed when rank 0 had written its part, and rank 1 had not."""
+    options = "--env-id Pendulum-v1 --total-steps 240 --steps-per-epoch 120 --num-envs 2 --minibatch-size 30".split()
+    mpirun = ["mpirun", "-n", 2, sys.executable, ROOT / "ppo.py"]
+    assert run(*mpirun, *options, "--data-dir", tmp_path).returncode == 0
+    path = run_dir(tmp_path)
+    good = sorted((path / "checkpoint").iterdir())
+    assert [file.name.partition("_")[2] for file in good] == ["rank0.pt", "rank1.pt"]
+    shutil.copyfile(good[0], path / "checkpoint/900_rank0.pt")
+    done = run(*mpirun, "--resume", path)
+    assert done.returncode == 0 and "nothing to do" in done.stdout, done.stderr
+    assert sorted((path / "checkpoint").iterdir()) == good
 
 
 def test_a_longer_run(tmp_path):
@@ -254,7 +265,8 @@ def test_a_longer_run(tmp_path):
     cut = run_dir(tmp_path / "cut")
     td3.train(td3.Args(resume=str(cut), total_steps=960))
     assert same(cut, run_dir(tmp_path / "whole"))
-    assert json.loads((cut / "config.json").read_text())["total_steps"] == 960
+    config = json.loads((cut / "config.json").read_text())
+    assert config["total_steps"] == 960 and config["resumed"] == [{name: config[name] for name in ("versions", "git_commit")}]
 
 
 @pytest.fixture
@@ -381,7 +393,7 @@ def test_directory_without_write_permission():
 
 
 def test_checkpoints_cost_little_time(tmp_path, monkeypatch):
-    """At the defaults; the share of the last saves of 50,000 steps, as large as they become."""
+    """At the defaults of an on-policy file, whose epochs are the shortest."""
     spent, save = [], Logger.save_checkpoint
 
     def timed(self):

@@ -41,6 +41,14 @@ def test_learns(script, tmp_path, env_id, steps, goal):
     assert evaluate(ac, env_id) > goal
 
 
+def test_natural_policy_gradient_learns(tmp_path):
+    import trpo
+
+    args = trpo.Args(env_id="CartPole-v1", algo="npg", total_steps=30_000, seed=0, data_dir=str(tmp_path))
+    assert evaluate(trpo.train(args), "CartPole-v1") > 400
+    assert {row["BacktrackIters"] for row in rows(run_dir(trpo, tmp_path))} == {"0"}
+
+
 def test_same_seed_same_rows_and_weights(script, tmp_path):
     first, second = (script.train(small(script, tmp_path, env_id="Hopper-v4")) for _ in range(2))
     other = script.train(small(script, tmp_path, env_id="Hopper-v4", seed=1))
@@ -287,7 +295,7 @@ def test_wandb_offline(tmp_path):
 @pytest.mark.parametrize("env_id, quantity", [("Broken-v0", "reward"), ("BrokenObs-v0", "observation")])
 def test_off_policy_nan_stops_the_run_and_keeps_the_model(script, tmp_path, env_id, quantity):
     """The 150th step of the environment is in the second epoch."""
-    with pytest.raises(RunError, match=rf"{quantity} is not finite at step 149\b"):
+    with pytest.raises(RunError, match=rf"{quantity} is not finite at step 150\b"):
         script.train(small_off_policy(script, tmp_path, env_id=env_id, exp_name="x", num_test_episodes=0))
     saved = torch.load(tmp_path / "x/x_s0/model.pt", weights_only=True)
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())

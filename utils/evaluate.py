@@ -283,7 +283,7 @@ def evaluate(args):
 
 if __name__ == "__main__":
     cli_args = tyro.cli(Args, config=(FlagCreatePairsOff,))
-    torch.set_num_threads(1)  # networks of this size are fastest with 1
+    torch.set_num_threads(1)  # a second one gains little for networks of this size
     with contextlib.redirect_stdout(sys.stderr if cli_args.json else sys.stdout):  # environments print too
         result = evaluate(cli_args)
     if cli_args.json:

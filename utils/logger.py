@@ -8,6 +8,7 @@ with Logger(args, __file__) as logger:
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import json
 import math
 import os
@@ -46,7 +47,7 @@ class RunArgs:
     keep_checkpoints: bool = False  # keep each saved model, as model_<epoch>.pt
     resume: str | None = None  # run directory of an interrupted run to go on with; only --total-steps may change
     device: str = "cpu"  # torch device of the networks: cpu, cuda, cuda:1, mps
-    torch_threads: int = 1  # threads of torch in each process; networks of this size are fastest with 1
+    torch_threads: int = 1  # threads of torch in each process; for networks of this size a second gains little
     fast_matmul: bool = False  # multiply float32 matrices with oneDNN: faster on some processors with AVX-512, slower on others
     track: bool = False  # log to Weights & Biases too
     wandb_project: str = "deep-rl"  # W&B project
@@ -103,6 +104,8 @@ def check(args, action_spaces, **divisors):
     multiple of 8. Raises RunError with one line that says what to do.
     """
     _check_ranges(args)
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise RunError("--track: wandb is not installed; pip install wandb")
     if args.wandb_video and not args.track:
         raise RunError("--wandb-video: add --track, which it belongs to")
     for name, divisor in divisors.items():
@@ -272,10 +275,12 @@ class Logger:
             if self.config.get("ranks") != mpi.size():
                 raise RunError(f"--resume {self.dir}: the run has {self.config.get('ranks')} ranks, not {mpi.size()}")
             self.config["total_steps"] = args.total_steps
+            now = mpi.share(_provenance(script) if mpi.rank() == 0 else None)
+            self.config["resumed"] = [*self.config.get("resumed", []), {k: now[k] for k in ("versions", "git_commit")}]
         else:
             name = args.exp_name or f"{self.script.stem}_{re.sub(r'[^A-Za-z0-9_.+=,-]', '-', args.env_id)}"
             self.dir = mpi.share(_make_run_dir(args, name) if mpi.rank() == 0 else None)
-            self.config = dataclasses.asdict(args) | _provenance(script)
+            self.config = dataclasses.asdict(args) | mpi.share(_provenance(script) if mpi.rank() == 0 else None)
             self.config |= dict(wandb_id=secrets.token_hex(4)) if args.track else {}
         self.start = self.last_time = time.time()
         self.saves = self.last_steps = 0
@@ -444,7 +449,8 @@ class Logger:
 
         command = [sys.executable, "-m", "utils.evaluate", str(self.dir.resolve()), "-n", "1"]  # MuJoCo can draw in a new process
         path, root = self.dir.resolve() / "video.mp4", pathlib.Path(__file__).resolve().parent.parent
-        done = subprocess.run([*command, "--video", str(path)], cwd=root, capture_output=True, text=True)
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI_"))}  # it is no rank
+        done = subprocess.run([*command, "--video", str(path)], cwd=root, env=env, capture_output=True, text=True)
         if done.returncode:
             raise RunError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no film")
         wandb.log({"video": package.Video(str(path), format="mp4")})
@@ -624,7 +630,8 @@ def _make_run_dir(args, exp_name):
 
 def _provenance(script):
     """What it takes to repeat a run besides its arguments."""
-    git = ["git", "-C", str(pathlib.Path(script).resolve().parent), "rev-parse", "HEAD"]
+    folder = str(pathlib.Path(script).resolve().parent)
+    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # the commit, no tag
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -638,10 +645,8 @@ def _provenance(script):
 
 
 def _start_wandb(args, config, run_dir):
-    try:
-        import wandb
-    except ImportError:
-        raise RunError("--track: wandb is not installed; pip install wandb") from None
+    import wandb
+
     options = dict(project=args.wandb_project, entity=args.wandb_entity, group=args.wandb_group, config=config)
     options |= dict(name=run_dir.name, dir=str(run_dir), id=config.get("wandb_id"), resume="allow")
     try:
@@ -652,7 +657,7 @@ def _start_wandb(args, config, run_dir):
 
 
 class _Display:
-    """A metrics table above a progress bar, redrawn in place; plain lines where the output is no terminal."""
+    """A progress bar above a metrics table, redrawn in place; plain lines where the output is no terminal."""
 
     SECONDS_BETWEEN_LINES = 5
 
@@ -679,7 +684,7 @@ class _Display:
             for name, value in row.items():
                 table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
             self.bar.update(self.task, completed=steps, rate=f"{rate:,.0f}")
-            self.live.update(Group(table, self.bar))
+            self.live.update(Group(self.bar, table))
         elif time.time() - self.last_line > self.SECONDS_BETWEEN_LINES:
             self._print_line()
 

@@ -34,7 +34,7 @@ from utils.logger import RunArgs
 from utils.mpi import RunError
 
 ASIDE = {f.name for f in dataclasses.fields(RunArgs)}  # with the next line, what may differ between the runs of a curve
-ASIDE |= {"seed", "command", "versions", "git_commit", "wandb_id"}
+ASIDE |= {"seed", "command", "versions", "git_commit", "resumed", "wandb_id"}
 KEPT = dict(steps="TotalEnvInteracts", ret="AverageEpRet", steps_per_sec="StepsPerSec")  # columns of benchmark/results/*.csv
 AXIS_LABELS = dict(TotalEnvInteracts="Environment steps", Time="Time (s)", Performance="Average return")
 AXIS_LABELS |= dict(AverageEpRet="Average training return", AverageTestEpRet="Average test return")
