@@ -216,8 +216,8 @@ def polyak_average(module, target, polyak):
 def gradient_step(optimizer, loss):
     """A step on the optimizer's own parameters; anything else the loss depends on gets no gradient."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.zero_grad()
-    loss.backward(inputs=params)
+    for p, grad in zip(params, torch.autograd.grad(loss, params), strict=True):
+        p.grad = grad
     mpi.average_gradients(params)
     optimizer.step()
 

@@ -206,10 +206,12 @@ def check_finite(step, **arrays):
 
 
 def use_processor(args):
-    """Give torch its threads and, with `fast_matmul`, its way to multiply matrices.
+    """Give torch its threads, its way with tiny numbers and, with `fast_matmul`, its way to multiply matrices.
 
     Raises RunError where that way would round to bfloat16, as it does on processors with AMX.
     """
+    # Adam's averages of dead units' gradients decay to numbers below 1e-38, with which processors are many times slower
+    torch.set_flush_denormal(True)
     torch.set_num_threads(args.torch_threads)
     torch.set_float32_matmul_precision("medium" if args.fast_matmul else "highest")
     if args.fast_matmul:
