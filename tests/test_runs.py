@@ -389,3 +389,22 @@ def test_tiny_numbers_are_flushed():
     assert ((average_of_dead_unit() > 0) & (average_of_dead_unit() < 1e-38)).all()
     logger.use_processor(logger.RunArgs())
     assert (average_of_dead_unit() == 0).all()
+
+
+def test_a_commit_is_dirty_if_python_files_differ_from_it(tmp_path):
+    from utils.logger import _provenance
+
+    script, curve = tmp_path / "my.py", tmp_path / "results/curve.csv"
+    assert _provenance(script)["git_commit"] is None
+    curve.parent.mkdir()
+    script.write_text("")
+    curve.write_text("")
+    name = "-c user.name=x -c user.email=x@x".split()
+    for command in ["init", "-q"], ["add", "."], [*name, "commit", "-qm", "x"]:
+        run("git", *command, cwd=tmp_path).check_returncode()
+    commit = run("git", "rev-parse", "HEAD", cwd=tmp_path).stdout.strip()
+    curve.write_text("a run has ended")
+    assert _provenance(script)["git_commit"] == commit and len(commit) == 40
+    script.write_text("# changed")
+    assert _provenance(script)["git_commit"] == commit + "-dirty"
+    assert _provenance(curve)["git_commit"] == commit + "-dirty"  # from any folder of the repository

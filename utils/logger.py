@@ -631,10 +631,13 @@ def _make_run_dir(args, exp_name):
 
 def _provenance(script):
     """What it takes to repeat a run besides its arguments."""
-    folder = str(pathlib.Path(script).resolve().parent)
-    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # the commit, no tag
+
+    def git(*command):
+        command = ["git", "-C", str(pathlib.Path(script).resolve().parent), *command]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno", "--", ":/*.py") else "")
     except (OSError, subprocess.CalledProcessError):
         commit = None
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
