@@ -39,7 +39,7 @@ class Args(RunArgs):
     max_ep_len: int | None = None  # steps until an episode is truncated; default: the environment's own limit
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers, of the actor and of the critic
     activation: Literal["tanh", "relu", "elu"] = "tanh"  # activation of the hidden layers
-    init_std: float = 1.0  # initial noise: each of act_dim dimensions has this / sqrt(act_dim), where -1 and 1 are the bounds
+    init_log_std: float = -0.5  # initial log standard deviation of the Gaussian policy; -1 and 1 are the action bounds
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     gamma: float = 0.99  # discount
     lam: float = 0.95  # lambda of GAE
@@ -158,13 +158,13 @@ def mlp(sizes, activation, out_gain):
 class Actor(nn.Module):
     """pi(act|obs): a Categorical over Discrete actions; over a Box, a Gaussian of one standard deviation for all obs."""
 
-    def __init__(self, obs_dim, act_space, hidden_sizes, activation, init_std):
+    def __init__(self, obs_dim, act_space, hidden_sizes, activation, init_log_std):
         super().__init__()
         self.discrete = isinstance(act_space, Discrete)
         act_dim = int(act_space.n) if self.discrete else act_space.shape[0]
         self.net = mlp([obs_dim, *hidden_sizes, act_dim], activation, out_gain=0.01)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.full((act_dim,), math.log(init_std / act_dim**0.5)))
+            self.log_std = nn.Parameter(torch.full((act_dim,), init_log_std))
 
     def forward(self, obs):
         """obs (..., obs_dim) -> a distribution whose log_prob and entropy are (...)"""
@@ -191,7 +191,7 @@ class ActorCritic(nn.Module):
     def __init__(self, obs_space, act_space, args):
         super().__init__()
         activation = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}[args.activation]
-        self.pi = Actor(obs_space.shape[0], act_space, args.hidden_sizes, activation, args.init_std)
+        self.pi = Actor(obs_space.shape[0], act_space, args.hidden_sizes, activation, args.init_log_std)
         self.v = Critic(obs_space.shape[0], args.hidden_sizes, activation)
         self.obs_stats, self.ret_stats = RunningStats(obs_space.shape), RunningStats(())
         self.norm_obs, self.device = args.norm_obs, torch.device(args.device)

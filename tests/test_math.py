@@ -153,12 +153,11 @@ def test_discrete_actions_begin_at_start(script):
 
 
 def test_gaussian_entropy(script):
-    """Two dimensions, whose noise has variances that add up to the square of `init_std`."""
     args, ac, buffer = make(script, "Count-v0", 1, 5)
     buffer.collect(ac)
     entropy = ac.pi(buffer.batch(ac).obs).entropy()
     assert entropy.shape == (5, 1)
-    assert torch.allclose(entropy, torch.tensor(math.log(2 * math.pi * math.e * args.init_std**2 / 2)))
+    assert torch.allclose(entropy, torch.tensor(2 * (args.init_log_std + 0.5 * math.log(2 * math.pi * math.e))))
 
 
 def test_running_stats_are_those_of_all_the_data(script):

@@ -69,7 +69,7 @@ _AT_LEAST_1 = (
 _AT_LEAST_0 = (
     "seed train_v_iters damping_coeff start_steps update_after num_test_episodes act_noise target_noise noise_clip"
 ).split()
-_ABOVE_0 = "pi_lr vf_lr q_lr alpha target_kl delta clip_ratio init_std".split()
+_ABOVE_0 = "pi_lr vf_lr q_lr alpha target_kl delta clip_ratio".split()
 _FROM_0_TO_1 = "gamma lam backtrack_coeff polyak".split()
 
 
@@ -91,6 +91,7 @@ def _check_ranges(args):
         require(name, lambda v: 0 <= v < math.inf, "at least 0")
     for name in _ABOVE_0:
         require(name, lambda v: 0 < v < math.inf, "above 0")
+    require("init_log_std", lambda v: -20 <= v <= 2, "between -20 and 2")
     for name in _FROM_0_TO_1:
         require(name, lambda v: 0 <= v <= 1, "between 0 and 1")
 
