@@ -210,7 +210,7 @@ def use_processor(args):
 
     Raises RunError where that way would round to bfloat16, as it does on processors with AMX.
     """
-    # Adam's averages of dead units' gradients decay to numbers below 1e-38, with which processors are many times slower
+    # Adam's averages of dead units' gradients decay to numbers below 1e-38, with which some processors are much slower
     torch.set_flush_denormal(True)
     torch.set_num_threads(args.torch_threads)
     torch.set_float32_matmul_precision("medium" if args.fast_matmul else "highest")
