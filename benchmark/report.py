@@ -248,7 +248,7 @@ its loss broadcasts to (B, B) without an error (`benchmark/studies/ddpg_no_squee
         """## SAC's entropy coefficient
 
 Learned with `--autotune`, which starts it at 0.2 and holds the entropy at minus the number of action dimensions, or fixed at 0.2,
-the default: the first 200,000 steps of the benchmark's runs.""",
+the default.""",
     ),
 }
 
