@@ -248,7 +248,7 @@ its loss broadcasts to (B, B) without an error (`benchmark/studies/ddpg_no_squee
         """## SAC's entropy coefficient
 
 Learned with `--autotune`, which starts it at 0.2 and holds the entropy at minus the number of action dimensions, or fixed at 0.2,
-the default.""",
+the default: the benchmark's runs, as far as those of the study go.""",
     ),
 }
 
@@ -266,9 +266,10 @@ def study(suite, args):
         there = [run for run in runs if (run.env_id, run.name) == (env_id, name)]
         finals = [run.rows["AverageEpRet"].tail(len(run.rows) // 10).mean() for run in there]
         seeds = ", ".join(str(seed) for seed in sorted(run.config["seed"] for run in there))
-        rows.append([name, env_id, seeds, f"{number(np.mean(finals))} ± {number(np.std(finals))}"])
+        steps = f"{max(run.rows['TotalEnvInteracts'].iloc[-1] for run in there):,.0f}"
+        rows.append([name, env_id, seeds, steps, f"{number(np.mean(finals))} ± {number(np.std(finals))}"])
     save(plot(runs, smooth=smooth), args.results / f"{suite}.png")
-    return [text, "", command, "", *table(["", "environment", "seeds", "final 10%"], rows), "", f"![{suite}]({suite}.png)", ""]
+    return [text, "", command, "", *table(["", "environment", "seeds", "steps", "final 10%"], rows), "", f"![{suite}]({suite}.png)", ""]
 
 
 def write(args):
