@@ -45,7 +45,7 @@ class Args(RunArgs):
     clip_ratio: float = 0.2  # eps: how far from 1 the ratio may go and still gain
     train_iters: int = 10  # passes over a batch
     minibatch_size: int = 200  # transitions in a gradient step, at most: the batch is split evenly
-    target_kl: float = 0.1  # a pass that ends with KL(pi_old | pi) above 1.5 times this is the last one
+    target_kl: float = 0.1  # a safeguard: a pass that ends with KL(pi_old | pi) above 1.5 times this is the last one
 
 
 class Batch(NamedTuple):
@@ -72,7 +72,7 @@ class Buffer:
         self.act = np.zeros((*shape, *act_space.shape), np.int64 if isinstance(act_space, Discrete) else np.float32)
         self.rew, self.terminated, self.done = (np.zeros(shape, np.float32) for _ in range(3))
         self.envs, self.steps = envs, 0
-        self.now = np.array([env.reset(seed=int(seeds.integers(2**31)))[0] for env in envs], np.float32)  # (N, obs_dim)
+        self.now = np.array([env.reset(seed=int(seeds.integers(2**31)))[0] for env in envs], np.float32)  # obs (N, obs_dim)
         self.ep_ret, self.ep_len = np.zeros(len(envs)), np.zeros(len(envs), int)
         i, n, limit = mpi.rank() * len(envs) + np.arange(len(envs)), mpi.size() * len(envs), envs[0].spec.max_episode_steps
         self.first_len = (i + 1) * (limit or 0) // n  # 0 once that episode is over
@@ -130,10 +130,10 @@ class RunningStats(nn.Module):
         self.mean.add_(delta * n / total)
         self.count.copy_(total)
 
-    def normalise(self, x):
+    def normalise(self, x):  # (..., *shape)
         return (x - self.mean) / torch.sqrt(self.var + 1e-8)
 
-    def denormalise(self, x):
+    def denormalise(self, x):  # (..., *shape)
         return self.mean + x * torch.sqrt(self.var + 1e-8)
 
 
@@ -196,7 +196,7 @@ class ActorCritic(nn.Module):
             scale, bias, bounded = np.ones_like(low), np.zeros_like(low), np.isfinite(low) & np.isfinite(high)
             scale[bounded], bias[bounded] = (high[bounded] - low[bounded]) / 2, (high[bounded] + low[bounded]) / 2
         for name, value in dict(low=low, high=high, scale=scale, bias=bias).items():
-            self.register_buffer(name, torch.as_tensor(value), persistent=False)
+            self.register_buffer(name, torch.as_tensor(value), persistent=False)  # the environment has them
         self.to(self.device)
 
     def normalise(self, obs):
@@ -236,8 +236,8 @@ def gae(rew, val, next_val, terminated, done, gamma, lam):  # all (T, N)
 def advantages(ac, batch, args):
     """GAE with the current critic: advantages, normalised over all ranks, and returns, in units of the reward; all (T, N)."""
     val = ac.ret_stats.denormalise(ac.v(batch.obs))
-    next_val, ends = val.roll(-1, 0), batch.done.bool()
-    ends[-1] = True  # elsewhere next_obs is the obs of the next step, whose value is known already
+    next_val, ends = val.roll(-1, 0), batch.done.bool()  # V(next_obs_t) is V(obs_{t+1}), but where an episode or the batch ends
+    ends[-1] = True
     next_val[ends] = ac.ret_stats.denormalise(ac.v(batch.next_obs[ends]))
     adv = gae(batch.rew, val, next_val, batch.terminated, batch.done, args.gamma, args.lam)
     ret = adv + val
@@ -289,19 +289,20 @@ def update(ac, optimizer, batch, args):
     adv, ret = advantages(ac, batch, args)
     ac.ret_stats.update(ret)
     for i in range(1, args.train_iters + 1):
+        if i > 1:
+            adv, ret = advantages(ac, batch, args)  # anew for each pass, as the critic has changed
         data = (batch.obs, batch.act, batch.logp, adv, ac.ret_stats.normalise(ret))
-        for obs, act, logp_old, adv, ret in minibatches(args.minibatch_size // mpi.size(), *data):
-            loss_pi = policy_loss(ac.pi(obs).log_prob(act), logp_old, adv, args.clip_ratio)
-            loss_v = value_loss(ac.v(obs), ret)
+        for obs, act, logp_old, mb_adv, mb_ret in minibatches(args.minibatch_size // mpi.size(), *data):
+            loss_pi = policy_loss(ac.pi(obs).log_prob(act), logp_old, mb_adv, args.clip_ratio)
+            loss_v = value_loss(ac.v(obs), mb_ret)
             optimizer.zero_grad()
-            (loss_pi + loss_v).backward()
+            (loss_pi + loss_v).backward()  # no coefficient: the two share no parameters, and each has its learning rate
             mpi.average_gradients(ac.parameters())
             optimizer.step()
         with torch.no_grad():
             kl = mpi.average(approx_kl(ac.pi(batch.obs).log_prob(batch.act), batch.logp))
         if kl > 1.5 * args.target_kl:
             break
-        adv, ret = advantages(ac, batch, args)  # anew for each pass, as the critic has changed
     return dict(**diagnose(ac, batch, args), StopIter=i)
 
 
@@ -314,7 +315,7 @@ def train(args):
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
     groups = [{"params": ac.pi.parameters(), "lr": args.pi_lr}, {"params": ac.v.parameters(), "lr": args.vf_lr}]
-    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)  # eps of OpenAI Baselines
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
     buffer = Buffer(envs, args.steps_per_epoch // args.num_envs, seeds)
 

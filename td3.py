@@ -46,8 +46,8 @@ class Args(RunArgs):
     start_steps: int = 10_000  # steps of uniformly random actions at the start
     update_after: int = 1000  # steps before the first update
     update_every: int = 50  # steps between two blocks of updates; a block has as many updates as there were steps
-    act_noise: float = 0.1  # standard deviation of the acting policy's noise, as all noise in half-widths of the action's bounds
-    target_noise: float = 0.2  # standard deviation of the noise that smooths the target policy
+    act_noise: float = 0.1  # standard deviation of the acting policy's noise, in half-widths of the action's bounds
+    target_noise: float = 0.2  # standard deviation of the noise that smooths the target policy, in the same unit
     noise_clip: float = 0.5  # c: limit of that noise
     policy_delay: int = 2  # updates of the critics for each one of the actor and the targets
 
@@ -59,7 +59,7 @@ class Batch(NamedTuple):
     act: torch.Tensor  # within -1 and 1
     rew: torch.Tensor
     next_obs: torch.Tensor  # the real final observation where an episode ends
-    terminated: torch.Tensor  # 1 where the return ends, which a truncated episode's does not
+    terminated: torch.Tensor  # 1 where the return ends, and so 0 where the episode is only truncated
 
 
 class ReplayBuffer:
@@ -70,17 +70,17 @@ class ReplayBuffer:
         shapes = Batch(obs_shape, act_shape, (), obs_shape, ())
         self.arrays = Batch(*(np.zeros((size, *shape), np.float32) for shape in shapes))
         self.envs, self.steps, self.stored = envs, 0, 0
-        self.now = np.array([env.reset(seed=int(seeds.integers(2**31)))[0] for env in envs], np.float32)  # (N, obs_dim)
+        self.now = np.array([env.reset(seed=int(seeds.integers(2**31)))[0] for env in envs], np.float32)  # obs (N, obs_dim)
         self.ep_ret, self.ep_len = np.zeros(len(envs)), np.zeros(len(envs), int)
 
     def collect(self, ac, num_steps, start_steps):
-        """Act for T steps in each environment, uniformly at random in the first `start_steps` of all.
+        """Act for `num_steps` in each environment, uniformly at random until all ranks together have taken `start_steps`.
 
         Returns the returns and the lengths of the episodes that ended."""
         ep_rets, ep_lens = [], []
         for _ in range(num_steps):
-            random = 2 * torch.rand(len(self.envs), *self.arrays.act.shape[1:]) - 1
-            act = random if self.steps < start_steps else ac.sample(self.now).cpu()
+            uniform = 2 * torch.rand(len(self.envs), *self.arrays.act.shape[1:]) - 1
+            act = uniform if self.steps < start_steps else ac.sample(self.now).cpu()
             check_finite(self.steps, observation=self.now, action=act.numpy())
             for i, (env, env_act) in enumerate(zip(self.envs, ac.to_env(act), strict=True)):
                 next_obs, rew, terminated, truncated, _ = env.step(env_act)
@@ -153,7 +153,7 @@ class ActorCritic(nn.Module):
         self.act_noise, self.device = args.act_noise, torch.device(args.device)
         low, high = act_space.low.astype(np.float32), act_space.high.astype(np.float32)
         for name, value in dict(low=low, high=high, scale=(high - low) / 2, bias=(high + low) / 2).items():
-            self.register_buffer(name, torch.as_tensor(value), persistent=False)
+            self.register_buffer(name, torch.as_tensor(value), persistent=False)  # the environment has them
         self.to(self.device)
 
     @torch.no_grad()
@@ -245,22 +245,22 @@ def test(ac, env, num_episodes):
 
 def train(args):
     """Train as `args` (an Args) says and return the ActorCritic. Raises RunError for what cannot work."""
-    num_envs = max(args.num_envs, mpi.size())
     ranks = mpi.size()
+    num_envs = max(args.num_envs, ranks)  # one for each rank at least
     check(args, (Box,), num_envs=min(args.num_envs, ranks), steps_per_epoch=num_envs, batch_size=ranks, replay_size=ranks)
     use_processor(args)
     seeds = mpi.seed_everything(args.seed)
-    envs = [make_env(args.env_id, args.max_ep_len) for _ in range(num_envs // mpi.size())]
+    envs = [make_env(args.env_id, args.max_ep_len) for _ in range(num_envs // ranks)]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
     ac_targ = copy.deepcopy(ac).requires_grad_(False)
     pi_optimizer = torch.optim.Adam(ac.pi.parameters(), lr=args.pi_lr, fused=True)
     q_optimizer = torch.optim.Adam(ac.q.parameters(), lr=args.q_lr, fused=True)
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
-    buffer = ReplayBuffer(envs, min(args.replay_size, epochs * args.steps_per_epoch) // mpi.size(), seeds)
+    buffer = ReplayBuffer(envs, min(args.replay_size, epochs * args.steps_per_epoch) // ranks, seeds)
     test_env = make_env(args.env_id, args.max_ep_len)
     test_env.reset(seed=int(seeds.integers(2**31)))
-    block = math.ceil(args.update_every / num_envs) * num_envs  # steps between two blocks of as many updates
+    block = math.ceil(args.update_every / num_envs) * num_envs  # this many steps, then as many updates
 
     state = dict(ac=ac, ac_targ=ac_targ, pi_optimizer=pi_optimizer, q_optimizer=q_optimizer)
     with Logger(args, __file__) as logger:
@@ -272,9 +272,9 @@ def train(args):
                 metrics = dict.fromkeys(["Q1Vals", "Q2Vals", "LossQ", "LossPi"], [])  # blank until the first update
                 if buffer.steps >= args.update_after:
                     for step in range(buffer.steps - num_steps + 1, buffer.steps + 1):
-                        batch = buffer.sample(args.batch_size // mpi.size(), ac.device)
+                        batch = buffer.sample(args.batch_size // ranks, ac.device)
                         metrics |= update(ac, ac_targ, pi_optimizer, q_optimizer, batch, args, step % args.policy_delay == 0)
-                logger.store(EpRet=ep_rets, EpLen=ep_lens, **metrics)
+                logger.store(EpRet=ep_rets, EpLen=ep_lens, **metrics)  # metrics of the block's last update
             test_rets, test_lens = test(ac, test_env, args.num_test_episodes)
             logger.log(Epoch=epoch, TestEpRet=test_rets, TestEpLen=test_lens, TotalEnvInteracts=buffer.steps)
     return ac

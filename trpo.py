@@ -78,7 +78,7 @@ class Buffer:
         self.act = np.zeros((*shape, *act_space.shape), np.int64 if isinstance(act_space, Discrete) else np.float32)
         self.rew, self.terminated, self.done = (np.zeros(shape, np.float32) for _ in range(3))
         self.envs, self.steps = envs, 0
-        self.now = np.array([env.reset(seed=int(seeds.integers(2**31)))[0] for env in envs], np.float32)  # (N, obs_dim)
+        self.now = np.array([env.reset(seed=int(seeds.integers(2**31)))[0] for env in envs], np.float32)  # obs (N, obs_dim)
         self.ep_ret, self.ep_len = np.zeros(len(envs)), np.zeros(len(envs), int)
         i, n, limit = mpi.rank() * len(envs) + np.arange(len(envs)), mpi.size() * len(envs), envs[0].spec.max_episode_steps
         self.first_len = (i + 1) * (limit or 0) // n  # 0 once that episode is over
@@ -136,10 +136,10 @@ class RunningStats(nn.Module):
         self.mean.add_(delta * n / total)
         self.count.copy_(total)
 
-    def normalise(self, x):
+    def normalise(self, x):  # (..., *shape)
         return (x - self.mean) / torch.sqrt(self.var + 1e-8)
 
-    def denormalise(self, x):
+    def denormalise(self, x):  # (..., *shape)
         return self.mean + x * torch.sqrt(self.var + 1e-8)
 
 
@@ -202,7 +202,7 @@ class ActorCritic(nn.Module):
             scale, bias, bounded = np.ones_like(low), np.zeros_like(low), np.isfinite(low) & np.isfinite(high)
             scale[bounded], bias[bounded] = (high[bounded] - low[bounded]) / 2, (high[bounded] + low[bounded]) / 2
         for name, value in dict(low=low, high=high, scale=scale, bias=bias).items():
-            self.register_buffer(name, torch.as_tensor(value), persistent=False)
+            self.register_buffer(name, torch.as_tensor(value), persistent=False)  # the environment has them
         self.to(self.device)
 
     def normalise(self, obs):
@@ -242,8 +242,8 @@ def gae(rew, val, next_val, terminated, done, gamma, lam):  # all (T, N)
 def advantages(ac, batch, args):
     """GAE with the current critic: advantages, normalised over all ranks, and returns, in units of the reward; all (T, N)."""
     val = ac.ret_stats.denormalise(ac.v(batch.obs))
-    next_val, ends = val.roll(-1, 0), batch.done.bool()
-    ends[-1] = True  # elsewhere next_obs is the obs of the next step, whose value is known already
+    next_val, ends = val.roll(-1, 0), batch.done.bool()  # V(next_obs_t) is V(obs_{t+1}), but where an episode or the batch ends
+    ends[-1] = True
     next_val[ends] = ac.ret_stats.denormalise(ac.v(batch.next_obs[ends]))
     adv = gae(batch.rew, val, next_val, batch.terminated, batch.done, args.gamma, args.lam)
     ret = adv + val
@@ -348,14 +348,15 @@ def update(ac, optimizer, batch, args):
     adv, ret = advantages(ac, batch, args)
     ac.ret_stats.update(ret)
     kl, backtracks = update_policy(ac, batch, adv, args)
-    for _ in range(args.train_v_iters):
-        for obs, ret in minibatches(args.minibatch_size // mpi.size(), batch.obs, ac.ret_stats.normalise(ret)):
-            loss_v = value_loss(ac.v(obs), ret)
+    for i in range(args.train_v_iters):
+        if i > 0:
+            _, ret = advantages(ac, batch, args)  # anew for each pass, as the critic has changed
+        for obs, mb_ret in minibatches(args.minibatch_size // mpi.size(), batch.obs, ac.ret_stats.normalise(ret)):
+            loss_v = value_loss(ac.v(obs), mb_ret)
             optimizer.zero_grad()
             loss_v.backward()
             mpi.average_gradients(ac.parameters())
             optimizer.step()
-        _, ret = advantages(ac, batch, args)  # anew for each pass, as the critic has changed
     return dict(**diagnose(ac, batch, args), KL=kl, BacktrackIters=backtracks)
 
 
@@ -367,7 +368,7 @@ def train(args):
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(args.num_envs // mpi.size())]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
-    optimizer = torch.optim.Adam(ac.v.parameters(), args.vf_lr, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(ac.v.parameters(), args.vf_lr, eps=1e-5, fused=True)  # eps of OpenAI Baselines
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
     buffer = Buffer(envs, args.steps_per_epoch // args.num_envs, seeds)
 

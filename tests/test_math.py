@@ -27,8 +27,10 @@ def make(script, env_id, num_envs, num_steps, max_ep_len=None, **changes):
 
 
 def returns(script, args, ac, batch):
-    """Value targets of a critic that says V(obs) = 10 obs; its normaliser is still the identity."""
-    fake = SimpleNamespace(ret_stats=ac.ret_stats, v=lambda obs: 10 * obs.squeeze(-1))
+    """Advantages and value targets of a critic that says V(obs) = 10 obs, with returns of mean 3 and standard deviation 2."""
+    ac.ret_stats.mean.fill_(3)
+    ac.ret_stats.var.fill_(4)
+    fake = SimpleNamespace(ret_stats=ac.ret_stats, v=lambda obs: (10 * obs.squeeze(-1) - 3) / 2)
     adv, ret = script.advantages(fake, batch, args)
     return adv, ret
 
@@ -200,6 +202,27 @@ def test_approx_kl_is_the_kl_divergence(script):
 
 def test_value_loss(script):
     assert script.value_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])).item() == pytest.approx(2.5)
+
+
+def test_critic_fits_normalised_returns_which_are_anew_for_each_pass(script, monkeypatch):
+    """Two passes of one minibatch each: the second fits the returns that the critic of after the first one gives."""
+    passes = {"train_iters" if script is ppo else "train_v_iters": 2}
+    args, ac, buffer = make(script, "Count-v0", 2, 6, minibatch_size=12, **passes)
+    buffer.collect(ac)
+    batch, value_loss, targets = buffer.batch(ac), script.value_loss, []
+    _, first = script.advantages(ac, batch, args)
+
+    def spy(val, ret):
+        _, now = script.advantages(ac, batch, args)
+        targets.append((ret.flatten().sort().values, ac.ret_stats.normalise(now).flatten().sort().values))
+        return value_loss(val, ret)
+
+    monkeypatch.setattr(script, "value_loss", spy)
+    script.update(ac, torch.optim.Adam(ac.parameters(), 0.1), batch, args)
+    (one, _), (two, expected) = targets[:2]  # another call belongs to the diagnosis
+    assert torch.allclose(one, ((first - first.mean()) / first.std(correction=0)).flatten().sort().values, atol=1e-5)
+    assert torch.allclose(two, expected, atol=1e-5)
+    assert not torch.allclose(one, two, atol=1e-3)
 
 
 def test_ppo_loss_by_hand():

@@ -105,6 +105,34 @@ print("EQUAL")
     assert done.stdout.count("EQUAL") == 2, done.stderr
 
 
+def test_line_search_is_one_for_all_ranks(tmp_path):
+    """The step is too long for rank 1 alone, whose KL counts double in the line search: both ranks shorten it, equally often."""
+    program = f"""
+import pathlib, torch, trpo
+from gymnasium.spaces import Box
+from torch.nn.utils import parameters_to_vector
+from utils import mpi
+torch.manual_seed(0)
+args = trpo.Args()
+ac = trpo.ActorCritic(Box(-1, 1, (3,)), Box(-1, 1, (2,)), args)
+torch.manual_seed(mpi.rank())
+obs, adv, zero = torch.randn(10, 2, 3), torch.randn(10, 2), torch.zeros(10, 2)
+act = ac.pi(obs).sample()
+batch = trpo.Batch(obs, act, ac.pi(obs).log_prob(act).detach(), zero, obs, zero, zero)
+kl_divergence = trpo.kl_divergence
+def longer(p, q):
+    return kl_divergence(p, q) * (1 if mpi.rank() == 0 or torch.is_grad_enabled() else 2)
+trpo.kl_divergence = longer
+kl, j = trpo.update_policy(ac, batch, adv, args)
+assert j > 0 and 0 < kl <= args.delta, (kl, j)
+pathlib.Path({str(tmp_path)!r}, f"{{mpi.rank()}}.txt").write_text(str((kl, j, parameters_to_vector(ac.pi.parameters()).tolist())))
+"""
+    (tmp_path / "program.py").write_text(program)
+    done = mpirun(tmp_path / "program.py", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
+
+
 def test_exception_on_one_rank_ends_the_job(script, tmp_path):
     program = f"""
 import pathlib, time, {script.__name__} as script
