@@ -189,13 +189,16 @@ class ActorCritic(nn.Module):
         self.v = Critic(obs_space.shape[0], args.hidden_sizes, activation)
         self.obs_stats, self.ret_stats = RunningStats(obs_space.shape), RunningStats(())
         self.norm_obs, self.device = args.norm_obs, torch.device(args.device)
+        self.act_space = act_space
         if isinstance(act_space, Discrete):
-            low, high, scale, bias = act_space.start, act_space.start + act_space.n - 1, 1, act_space.start
-        else:  # the policy's -1 and 1 are the bounds of each dimension that has two
-            low, high = act_space.low.astype(np.float32), act_space.high.astype(np.float32)
-            scale, bias, bounded = np.ones_like(low), np.zeros_like(low), np.isfinite(low) & np.isfinite(high)
+            scale, bias = 1, act_space.start
+        else:  # the policy's -1 and 1 are the bounds of each dimension that has two, not too far apart for float32
+            with np.errstate(over="ignore"):
+                low, high = act_space.low.astype(np.float32), act_space.high.astype(np.float32)
+                bounded = np.isfinite(high - low)
+            scale, bias = np.ones_like(low), np.zeros_like(low)
             scale[bounded], bias[bounded] = (high[bounded] - low[bounded]) / 2, (high[bounded] + low[bounded]) / 2
-        for name, value in dict(low=low, high=high, scale=scale, bias=bias).items():
+        for name, value in dict(scale=scale, bias=bias).items():
             self.register_buffer(name, torch.as_tensor(value), persistent=False)  # the environment has them
         self.to(self.device)
 
@@ -212,7 +215,8 @@ class ActorCritic(nn.Module):
 
     def to_env(self, act):
         """The policy's actions: tensor (N, ...) -> what env.step takes: array (N, ...), scaled and clipped to the bounds"""
-        return torch.clamp(self.bias + self.scale * act, self.low, self.high).cpu().numpy()
+        act = (self.bias + self.scale * act).cpu().numpy().astype(self.act_space.dtype)
+        return act if isinstance(self.act_space, Discrete) else act.clip(self.act_space.low, self.act_space.high)
 
     def act(self, obs, deterministic=False):
         """obs: array (N, obs_dim) -> what env.step takes: array (N, act_dim) or (N,)"""

@@ -152,8 +152,8 @@ class ActorCritic(nn.Module):
         self.pi, self.q = Actor(*sizes), nn.ModuleList([Critic(*sizes), Critic(*sizes)])
         self.log_alpha = nn.Parameter(torch.tensor(float(args.alpha)).log(), requires_grad=args.autotune)
         self.device = torch.device(args.device)
-        low, high = act_space.low.astype(np.float32), act_space.high.astype(np.float32)
-        for name, value in dict(low=low, high=high, scale=(high - low) / 2, bias=(high + low) / 2).items():
+        self.act_space, low, high = act_space, act_space.low.astype(np.float32), act_space.high.astype(np.float32)
+        for name, value in dict(scale=(high - low) / 2, bias=(high + low) / 2).items():
             self.register_buffer(name, torch.as_tensor(value), persistent=False)  # the environment has them
         self.to(self.device)
 
@@ -165,7 +165,8 @@ class ActorCritic(nn.Module):
 
     def to_env(self, act):
         """Actions within -1 and 1: tensor (N, act_dim) -> what env.step takes: array (N, act_dim) within the bounds"""
-        return torch.clamp(self.bias + self.scale * act.to(self.device), self.low, self.high).cpu().numpy()
+        act = (self.bias + self.scale * act.to(self.device)).cpu().numpy().astype(self.act_space.dtype)
+        return act.clip(self.act_space.low, self.act_space.high)
 
     def act(self, obs, deterministic=False):
         """obs: array (N, obs_dim) -> what env.step takes: array (N, act_dim)"""

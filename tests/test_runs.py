@@ -2,14 +2,17 @@
 
 import json
 import math
+import pathlib
 import shutil
 import sys
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import OFF_POLICY, ON_POLICY, ROOT, rows, run, small, small_off_policy
+from conftest import OFF_POLICY, ON_POLICY, ROOT, Count, rows, run, small, small_off_policy
 
+from utils.logger import Logger
 from utils.mpi import RunError
 
 ALL = pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY, ids=lambda script: script.__name__)
@@ -23,8 +26,6 @@ def run_dir(script, tmp_path):
 
 def evaluate(ac, env_id, episodes=10):
     """Mean return of the deterministic policy."""
-    import gymnasium as gym
-
     env, total = gym.make(env_id), 0.0
     for seed in range(episodes):
         (obs, _), done = env.reset(seed=1000 + seed), False
@@ -105,8 +106,6 @@ def test_run_directory(script, tmp_path):
 
 
 def spaces(env_id):
-    import gymnasium as gym
-
     env = gym.make(env_id)
     return env.observation_space, env.action_space
 
@@ -150,8 +149,6 @@ def test_nan_loss_stops_the_run(script, tmp_path):
 
 
 def test_nan_at_reset_is_caught_before_it_reaches_a_network(script, tmp_path, monkeypatch):
-    from conftest import Count
-
     monkeypatch.setattr(Count, "reset", lambda self, **options: (np.array([np.nan]), {}))
     with pytest.raises(RunError, match="observation is not finite at step 0"):
         script.train(small(script, tmp_path, env_id="CountDiscrete-v0"))
@@ -226,9 +223,6 @@ def test_bad_input_is_refused_before_anything_is_written(script, tmp_path, chang
 
 @pytest.mark.parametrize("space", ["MultiDiscrete([2, 3])", "Box(0, 9, (2,), np.int64)", "Box(-1, 1, (2, 2))", "Box(-1, 1, ())"])
 def test_action_space_that_no_script_handles(script, tmp_path, space):
-    import gymnasium as gym
-    from conftest import Count
-
     class Odd(Count):
         action_space = eval(space, vars(gym.spaces) | {"np": np})
 
@@ -246,11 +240,62 @@ def test_command_line_error_is_one_line_without_traceback(script, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@ALL
 def test_environment_ids_with_a_module_do_not_nest_directories(script, tmp_path):
-    script.train(small(script, tmp_path, env_id="conftest:Count-v0", total_steps=200))
+    make_args = small_off_policy if script in OFF_POLICY else small
+    script.train(make_args(script, tmp_path, env_id="conftest:Count-v0", max_ep_len=None))
     assert (
         tmp_path / f"{script.__name__}_conftest-Count-v0" / f"{script.__name__}_conftest-Count-v0_s0" / "progress.txt"
     ).exists()
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_actions_belong_to_the_space(script, dtype):
+    """float32(0.1) is larger than the 0.1 of a Box of float64."""
+    space = gym.spaces.Box(np.array([-0.1, 0.3], dtype), np.array([0.1, 0.7], dtype), dtype=dtype)
+    ac = script.ActorCritic(gym.spaces.Box(-1, 1, (1,)), space, script.Args())
+    for act in ac.to_env(torch.tensor([[-1.0, -1.0], [0.3, 0.0], [1.0, 1.0]])):
+        assert space.contains(act), act
+    assert act == pytest.approx(space.high, abs=1e-6 if dtype != np.float16 else 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_discrete_actions_belong_to_the_space(script, dtype):
+    space = gym.spaces.Discrete(3, start=5, dtype=dtype)
+    ac = script.ActorCritic(gym.spaces.Box(-1, 1, (1,)), space, small(script, "unused"))
+    acts = ac.to_env(torch.arange(3))
+    assert acts.tolist() == [5, 6, 7] and all(space.contains(act) for act in acts)
+
+
+def test_bounds_that_float32_cannot_span_are_none(script):
+    huge = np.finfo(np.float32).max
+    space = gym.spaces.Box(np.array([-huge, -2], np.float32), np.array([huge, 2], np.float32))
+    ac = script.ActorCritic(gym.spaces.Box(-1, 1, (1,)), space, small(script, "unused"))
+    assert ac.to_env(torch.tensor([[0.0, 0.0], [0.5, 0.5]])).tolist() == [[0, 0], [0.5, 1]]
+
+
+@ONLY_OFF_POLICY
+@pytest.mark.parametrize("high", [np.inf, np.finfo(np.float32).max, 1e300])
+def test_off_policy_refuses_actions_without_usable_bounds(script, high, tmp_path, monkeypatch):
+    monkeypatch.setattr(Count, "action_space", gym.spaces.Box(-high, high, (2,), np.float64))
+    with pytest.raises(RunError, match="needs bounded actions"):
+        script.train(small_off_policy(script, tmp_path, env_id="Count-v0"))
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs /dev/full")
+def test_disk_that_is_full_when_a_row_is_written(script, tmp_path, monkeypatch):
+    """The row fails, and closing the file fails again: the error is the first one's."""
+    opened = Logger._open
+
+    def on_a_full_disk(logger):
+        opened(logger)
+        logger.progress.close()
+        logger.progress = open("/dev/full", "a")
+
+    monkeypatch.setattr(Logger, "_open", on_a_full_disk)
+    with pytest.raises(RunError, match="cannot write"):
+        script.train(small(script, tmp_path))
 
 
 def test_data_dir_that_is_a_file(script, tmp_path):
@@ -324,8 +369,6 @@ def test_off_policy_nan_loss_stops_the_run(script, tmp_path):
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
 def test_off_policy_bad_input_is_refused_before_anything_is_written(script, tmp_path, changes, words):
-    import gymnasium as gym
-    from conftest import Count
 
     class Unbounded(Count):
         action_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)

@@ -129,7 +129,7 @@ def check(args, action_spaces, **divisors):
         near = difflib.get_close_matches(args.env_id, gym.registry, n=3) if isinstance(error, gym.error.UnregisteredEnv) else []
         hint = f" Nearest names: {', '.join(near)}." if near else ""
         raise RunError(f"--env-id {args.env_id}: {str(error).splitlines()[0]}{hint}") from None
-    obs_space, act_space = env.observation_space, env.action_space
+    obs_space, act_space, limit = env.observation_space, env.action_space, env.spec.max_episode_steps
     env.close()
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         raise RunError(
@@ -143,7 +143,7 @@ def check(args, action_spaces, **divisors):
         hint = f"{scripts[kind]} can" if kind else "no script here can; wrap it to Discrete or to a float Box of shape (n,)"
         raise RunError(f"--env-id {args.env_id}: this algorithm cannot handle its action space {act_space}; {hint}")
     if hasattr(args, "replay_size"):
-        _check_off_policy(args, obs_space, act_space)
+        _check_off_policy(args, obs_space, act_space, limit)
 
 
 def _whole_epochs(args):
@@ -151,9 +151,11 @@ def _whole_epochs(args):
     return math.ceil(args.total_steps / args.steps_per_epoch) * args.steps_per_epoch
 
 
-def _check_off_policy(args, obs_space, act_space):
+def _check_off_policy(args, obs_space, act_space, limit):
     total_steps = _whole_epochs(args)
-    if not act_space.is_bounded():
+    with np.errstate(over="ignore"):
+        bounded = np.isfinite(act_space.high.astype(np.float32) - act_space.low.astype(np.float32)).all()
+    if not bounded:
         raise RunError(
             f"--env-id {args.env_id}: this algorithm needs bounded actions, not {act_space}; "
             "vpg.py, trpo.py and ppo.py can do without"
@@ -167,7 +169,7 @@ def _check_off_policy(args, obs_space, act_space):
         print(f"warning: --start-steps {args.start_steps}: all {total_steps} steps will be random", file=sys.stderr)
     if args.update_after > total_steps and mpi.rank() == 0:
         print(f"warning: --update-after {args.update_after}: no update in {total_steps} steps", file=sys.stderr)
-    if args.num_test_episodes and args.max_ep_len is None and gym.spec(args.env_id).max_episode_steps is None and mpi.rank() == 0:
+    if args.num_test_episodes and args.max_ep_len is None and limit is None and mpi.rank() == 0:
         print(f"warning: {args.env_id} has no limit of steps: a test may never end; see --max-ep-len", file=sys.stderr)
     transition = 4 * (2 * obs_space.shape[0] + act_space.shape[0] + 2)  # bytes
     needed, free = transition * min(args.replay_size, total_steps), _free_memory()
@@ -477,9 +479,11 @@ class Logger:
         """End the display, the files and the W&B run; and all ranks, if this one is leaving early."""
         if self.in_main_thread:
             signal.signal(signal.SIGINT, self.handler_before)
-        if self.progress:
+        if self.display:
             self.display.close()
-            self.progress.close()
+        if self.progress:
+            with contextlib.suppress(OSError):  # a full disk, which the row that failed has reported
+                self.progress.close()
             self._track(lambda wandb: wandb.save(str(self.dir / "model.pt"), str(self.dir), "now"))
             if self.args.wandb_video and kind is None:
                 self._track(self._film)
