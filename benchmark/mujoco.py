@@ -32,7 +32,7 @@ from utils.plot import ASIDE
 ON_POLICY = ("vpg.py", "trpo.py", "ppo.py")
 OFF_POLICY = ("ddpg.py", "td3.py", "sac.py")
 ENV_IDS = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Swimmer-v4", "Ant-v4")
-STUDIES = {  # scripts and grid; the first two are the reference's exercises 2.1 and 2.2
+STUDIES = {  # scripts and grid; the first two are exercises 2.1 and 2.2 of OpenAI's Spinning Up
     # the critic of TRPO is not trained at all; the other half of the comparison is in the benchmark itself
     "value-fits": (("trpo.py",), {"env-id": ["Hopper-v4"], "train-v-iters": ["0"], "seed": [*"01234"]}),
     # a smaller network and batch than the defaults, to be quick

@@ -47,11 +47,12 @@ class Cell:
     def __post_init__(self):
         if self.experiment:
             curves = self.experiment.curves()
-            mean, last = curves.mean(axis=1, skipna=False), curves.index > 0.9 * curves.index[-1]
+            mean, rets = curves.mean(axis=1, skipna=False), self.experiment.curves(window=1)
             self.seeds = curves.shape[1]
             self.at_best = curves.loc[mean.idxmax()].to_numpy()  # (seeds,): each seed's return where the mean is highest
             self.best, self.std = self.at_best.mean(), self.at_best.std()
-            self.final, self.final_std = curves[last].mean().mean(), curves[last].mean().std(ddof=0)
+            finals = rets[rets.index > 0.9 * rets.index[-1]].mean()
+            self.final, self.final_std = finals.mean(), finals.std(ddof=0)
             self.ratio = self.best / self.published
 
 
@@ -232,14 +233,15 @@ STUDIES = {  # functions that load the runs, text
         value_fits,
         """## Value fits
 
-The reference's exercise 2.1: what the critic is worth to TRPO, on Hopper-v4. A critic that is never trained is a fixed random
-function around the mean return, and advantages are little more than rewards to go, discounted by gamma lambda.""",
+Exercise 2.1 of [Spinning Up](https://spinningup.openai.com/en/latest/spinningup/exercises.html): what the critic is worth to
+TRPO, on Hopper-v4. A critic that is never trained is a fixed random function around the mean return, and advantages are little
+more than rewards to go, discounted by gamma lambda.""",
     ),
     "broadcast": (
         broadcast,
         """## A silent bug
 
-The reference's exercise 2.2: DDPG on HalfCheetah-v4, and DDPG with a critic whose values are (B, 1) instead of (B,), so that
+Exercise 2.2 of Spinning Up: DDPG on HalfCheetah-v4, and DDPG with a critic whose values are (B, 1) instead of (B,), so that
 its loss broadcasts to (B, B) without an error (`benchmark/studies/ddpg_no_squeeze.py`). Networks have one layer of 300, batches
 64 transitions.""",
     ),

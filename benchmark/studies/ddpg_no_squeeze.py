@@ -1,4 +1,4 @@
-"""DDPG with a silent bug, the reference's exercise 2.2: the critic does not squeeze its output.
+"""DDPG with a silent bug, exercise 2.2 of OpenAI's Spinning Up: the critic does not squeeze its output.
 
 q and the target's q are then (B, 1) while rew and terminated are (B,). The target broadcasts to (B, B), in which every
 transition's reward meets every other's value, and no error says so. `ddpg.py` asserts equal shapes, which is left out here too.
