@@ -39,7 +39,7 @@ class Args(RunArgs):
     max_ep_len: int | None = None  # steps until an episode is truncated; default: the environment's own limit
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers, of the actor and of the critic
     activation: Literal["tanh", "relu", "elu"] = "tanh"  # activation of the hidden layers
-    init_log_std: float | None = None  # initial log standard deviation, actions from -1 to 1; default: -log sqrt(act_dim)
+    init_log_std: float | None = None  # initial log standard deviation, actions from -1 to 1; None: -log sqrt(act_dim)
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     gamma: float = 0.99  # discount
     lam: float = 0.95  # lambda of GAE
