@@ -36,7 +36,7 @@ class Args(RunArgs):
     max_ep_len: int | None = None  # steps until an episode is truncated; default: the environment's own limit
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers, of the actor and of the critic
     activation: Literal["tanh", "relu", "elu"] = "tanh"  # activation of the hidden layers
-    init_log_std: float = -0.75  # initial log standard deviation of the Gaussian policy; -1 and 1 are the action bounds
+    init_log_std: float | None = -0.75  # initial log standard deviation, actions from -1 to 1; None: -log sqrt(act_dim)
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     gamma: float = 0.99  # discount
     lam: float = 0.95  # lambda of GAE
@@ -158,6 +158,8 @@ class Actor(nn.Module):
         act_dim = int(act_space.n) if self.discrete else act_space.shape[0]
         self.net = mlp([obs_dim, *hidden_sizes, act_dim], activation, out_gain=0.01)
         if not self.discrete:
+            if init_log_std is None:  # noise of expected squared length 1, however many actions there are
+                init_log_std = -math.log(act_dim) / 2
             self.log_std = nn.Parameter(torch.full((act_dim,), init_log_std))
 
     def forward(self, obs):

@@ -159,7 +159,8 @@ def test_gaussian_entropy(script):
     buffer.collect(ac)
     entropy = ac.pi(buffer.batch(ac).obs).entropy()
     assert entropy.shape == (5, 1)
-    assert torch.allclose(entropy, torch.tensor(2 * (args.init_log_std + 0.5 * math.log(2 * math.pi * math.e))))
+    log_std = args.init_log_std if args.init_log_std is not None else math.log(1 / math.sqrt(2))
+    assert torch.allclose(entropy, torch.tensor(2 * (log_std + 0.5 * math.log(2 * math.pi * math.e))))
 
 
 def test_running_stats_are_those_of_all_the_data(script):
