@@ -141,6 +141,10 @@ def number(x):
     return "" if np.isnan(x) else f"{x:,.0f}" if abs(x) >= 200 else f"{x:.1f}"
 
 
+def with_deviation(mean, std, seeds):
+    return f"{number(mean)} ± {number(std)}" if seeds > 1 else number(mean)
+
+
 def table(header, rows):
     """Lines of a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
@@ -180,7 +184,8 @@ def score_table(families):
             low, high = interval(scores)
             above = sum(cell.ratio >= 1 for cell in there)
             middle = interquartile_mean(np.concatenate(scores))
-            rows.append([name, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{above} of {len(there)}"])
+            between = f"{low:.2f} to {high:.2f}" if any(cell.seeds > 1 for cell in there) else "one seed"
+            rows.append([name, f"{middle:.2f}", between, f"{above} of {len(there)}"])
     return table(["", "interquartile mean", "95% interval", "cells at 1 or more"], rows)
 
 
@@ -190,7 +195,8 @@ def cell_table(cells):
     for cell in cells:
         name = [cell.algo.upper(), cell.env_id]
         if cell.experiment:
-            best, final = f"{number(cell.best)} ± {number(cell.std)}", f"{number(cell.final)} ± {number(cell.final_std)}"
+            best = with_deviation(cell.best, cell.std, cell.seeds)
+            final = with_deviation(cell.final, cell.final_std, cell.seeds)
             rows.append([*name, cell.seeds, best, final, number(cell.published), cell.source, ratio(cell)])
         else:
             rows.append([*name, 0, "", "", number(cell.published), cell.source, "missing"])
@@ -269,7 +275,7 @@ def study(suite, args):
         finals = [run.rows["AverageEpRet"].tail(len(run.rows) // 10).mean() for run in there]
         seeds = ", ".join(str(seed) for seed in sorted(run.config["seed"] for run in there))
         steps = f"{max(run.rows['TotalEnvInteracts'].iloc[-1] for run in there):,.0f}"
-        rows.append([name, env_id, seeds, steps, f"{number(np.mean(finals))} ± {number(np.std(finals))}"])
+        rows.append([name, env_id, seeds, steps, with_deviation(np.mean(finals), np.std(finals), len(finals))])
     save(plot(runs, smooth=smooth), args.results / f"{suite}.png")
     return [text, "", command, "", *table(["", "environment", "seeds", "steps", "final 10%"], rows), "", f"![{suite}]({suite}.png)", ""]
 
