@@ -152,7 +152,8 @@ class ActorCritic(nn.Module):
         self.pi, self.q = Actor(*sizes), nn.ModuleList([Critic(*sizes), Critic(*sizes)])
         self.log_alpha = nn.Parameter(torch.tensor(float(args.alpha)).log(), requires_grad=args.autotune)
         self.device = torch.device(args.device)
-        self.act_space, low, high = act_space, act_space.low.astype(np.float32), act_space.high.astype(np.float32)
+        self.act_space = act_space
+        low, high = act_space.low.astype(np.float32), act_space.high.astype(np.float32)
         for name, value in dict(scale=(high - low) / 2, bias=(high + low) / 2).items():
             self.register_buffer(name, torch.as_tensor(value), persistent=False)  # the environment has them
         self.to(self.device)

@@ -151,7 +151,8 @@ class ActorCritic(nn.Module):
         sizes = (obs_space.shape[0], act_space.shape[0], args.hidden_sizes, activation)
         self.pi, self.q = Actor(*sizes), nn.ModuleList([Critic(*sizes), Critic(*sizes)])
         self.act_noise, self.device = args.act_noise, torch.device(args.device)
-        self.act_space, low, high = act_space, act_space.low.astype(np.float32), act_space.high.astype(np.float32)
+        self.act_space = act_space
+        low, high = act_space.low.astype(np.float32), act_space.high.astype(np.float32)
         for name, value in dict(scale=(high - low) / 2, bias=(high + low) / 2).items():
             self.register_buffer(name, torch.as_tensor(value), persistent=False)  # the environment has them
         self.to(self.device)

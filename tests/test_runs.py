@@ -369,7 +369,6 @@ def test_off_policy_nan_loss_stops_the_run(script, tmp_path):
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
 def test_off_policy_bad_input_is_refused_before_anything_is_written(script, tmp_path, changes, words):
-
     class Unbounded(Count):
         action_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
 
