@@ -51,6 +51,7 @@ def _excepthook(kind, error, trace):
 def abort():
     """End all ranks now, if there are several."""
     if _comm:
+        time.sleep(0.2)  # until the launcher has passed on what was printed: at the abort it drops the rest
         _comm.Abort(1)
 
 
