@@ -1,7 +1,7 @@
 """Trust Region Policy Optimization (TRPO). Schulman et al. 2015, arXiv:1502.05477.
 
     maximise -L_pi subject to KL(pi_old | pi) <= delta:
-    theta <- theta + c^j sqrt(2 delta / x^T H x) x,   x = H^-1 g,   H = Hessian of KL(pi_old | pi),   g = gradient of -L_pi
+    theta <- theta + c^j sqrt(2 delta / x^T H x) x,   x = H^-1 g,   H = damped Hessian of that KL,   g = gradient of -L_pi
     L_pi = -mean ratio adv,   ratio = pi(act|obs) / pi_old(act|obs)
     L_v  =  mean (V(obs) - ret)^2,   ret = adv + V(obs) of the critic before the pass over the batch
     adv  =  generalized advantage estimates (GAE), arXiv:1506.02438; in L_pi normalised to mean 0 and standard deviation 1
@@ -51,7 +51,7 @@ class Args(RunArgs):
     damping_coeff: float = 0.1  # this much of the identity is added to H
     cg_iters: int = 10  # iterations of conjugate gradient
     backtrack_iters: int = 10  # steps that the line search tries
-    backtrack_coeff: float = 0.8  # c: how much shorter each of them is
+    backtrack_coeff: float = 0.8  # c: length of each, relative to the one before
 
 
 class Batch(NamedTuple):
