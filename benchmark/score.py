@@ -20,7 +20,8 @@ import pandas as pd
 import tyro
 from tyro.conf import Positional
 
-from utils.plot import ASIDE
+from utils.mpi import RunError
+from utils.plot import ASIDE, KEPT, read_run
 
 
 @dataclass
@@ -62,29 +63,25 @@ def load(path):
     runs = []
     for file in [*sorted(path.rglob("progress.txt")), *sorted(path.rglob("*_s*.csv"))]:
         try:
-            if file.suffix == ".csv":
-                run = Run(file.stem, json.loads(file.with_suffix(".json").read_text()), pd.read_csv(file))
-            else:
-                config = json.loads((file.parent / "config.json").read_text())
-                ret = "AverageTestEpRet" if config.get("num_test_episodes") else "AverageEpRet"
-                rows = pd.read_csv(file, sep="\t")[["TotalEnvInteracts", ret, "StepsPerSec"]].round(1)
-                run = Run(file.parent.name, config, rows.set_axis(["steps", "ret", "steps_per_sec"], axis=1))
-            if run.rows["ret"].isna().all():
+            run, kept = read_run(file), file.suffix == ".csv"
+            ret = "AverageTestEpRet" if run.config.get("num_test_episodes") and not kept else "AverageEpRet"
+            rows = run.rows[["TotalEnvInteracts", ret, "StepsPerSec"]].round(1).set_axis([*KEPT], axis=1)
+            if rows["ret"].isna().all():
                 raise ValueError("it has no returns")
-            runs.append(run)
+            runs.append(Run(run.dir.name, run.config, rows.astype({"steps": int})))
         except (OSError, ValueError, KeyError) as error:  # pandas' own errors are ValueErrors
             print(f"left out, {str(error).splitlines()[0]}: {file}", file=sys.stderr)
     return runs
 
 
 def save(run, folder, name=None):
-    """Keep a run's configuration as <folder>/<name>.json and its curve as <name>.csv, which is there whole or not at all."""
+    """Keep a run's curve as <folder>/<name>.csv, which is there whole or not at all, and then its configuration as .json."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name or run.name}.csv"
-    kept = {k: v for k, v in run.config.items() if k not in ("command", "data_dir", "exp_name", "resume")}
-    path.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
     run.rows.to_csv(path.with_suffix(".part"), index=False)
     os.replace(path.with_suffix(".part"), path)
+    kept = {k: v for k, v in run.config.items() if k not in ("command", "data_dir", "exp_name", "resume")}
+    path.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def experiments(runs):
@@ -105,6 +102,11 @@ def experiments(runs):
 
 def main(args):
     found = experiments([run for path in args.paths for run in load(path)])
+    if not found:
+        raise RunError(f"no finished runs below {', '.join(map(str, args.paths))}")
+    names = [run.name for experiment in found for run in experiment.runs.values()]
+    if args.save and len(set(names)) < len(names):
+        raise RunError(f"--save: two of the runs are called {max(names, key=names.count)}; keep them in different directories")
     print(
         f"{'script':9}{'environment':16}{'seeds':>6}{'best':>8}{'best of mean':>14}{'final':>8}{'steps/s':>9}   best of each seed"
     )

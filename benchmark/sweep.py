@@ -14,6 +14,7 @@ With --track the runs share a W&B group, the sweep's --exp-name or else the scri
 From Python: sweep("ppo.py", {"env_id": ["Hopper-v4"], "seed": [0, 1], "hidden_sizes": [(64, 64), (256, 256)]}, workers=2)
 """
 
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -41,6 +42,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 import utils.mpi
+from utils.logger import read_config
 from utils.mpi import RunError
 
 GRACE = 20  # seconds that an interrupted run has for its checkpoint
@@ -51,7 +53,7 @@ MAY_DIFFER = ("exp_name", "data_dir", "resume")  # between two attempts at the s
 class Args:
     scripts: Positional[tuple[str, ...]]  # algorithm files
     workers: int | None = None  # runs at a time; default: as many as the machine has cores for
-    skip_done: bool = False  # leave out finished runs and resume those with a checkpoint; none of them may be running still
+    skip_done: bool = False  # leave out finished runs and resume those with a checkpoint
     print: bool = False  # print the commands, one per line, and run nothing
     mpi: int = 1  # processes of each run, which mpirun starts
     exp_name: str | None = None  # what the names begin with instead of <script>_<env_id>
@@ -64,7 +66,7 @@ class Run:
 
     name: str  # of the experiment, which the seeds share
     seed: int
-    run_dir: Path | None = None  # None if the run did not get as far as making it
+    run_dir: Path | None = None  # None until the run has made it, and said so in its log
     returncode: int | None = None  # exit status; 0 too if the run was finished before; None until it has ended
     command: list[str] = field(default_factory=list)
     args: typing.Any = None  # the script's Args
@@ -72,6 +74,7 @@ class Run:
     fraction_before: float = 0.0  # of the steps, which is done already in `resumes`
     process: subprocess.Popen | None = None
     log: Path | None = None
+    log_start: int = 0  # bytes of earlier attempts
     start: float = 0.0
     seconds: float = 0.0
 
@@ -88,29 +91,45 @@ class Run:
 
     def launch(self):
         """Start the process."""
-        numbered = (self.parent / (f"{self}_{k}" if k else f"{self}") for k in itertools.count())
-        self.run_dir = self.resumes or next(path for path in numbered if not path.exists())  # as Logger will choose
-        self.log, self.start = self.parent / f"{self.run_dir.name}.log", time.monotonic()
+        self.run_dir, self.start = self.resumes, time.monotonic()
         options = dict(stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
         try:
             self.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.log, "a" if self.resumes else "w") as log:  # in its own group it gets Ctrl-C from `stop` alone
+            with self._open_log() as log:  # in its own group it gets Ctrl-C from `stop` alone
+                self.log, self.log_start = Path(log.name), log.tell()
                 self.process = subprocess.Popen(self.command, stdout=log, process_group=0, **options)
         except OSError as error:
             raise RunError(f"{self} cannot be started: {error}") from None
 
+    def _open_log(self):
+        """That of the run to resume, else a new one with the number that Logger will choose, unless another sweep's has it."""
+        if self.resumes:
+            return open(self.parent / f"{self.resumes.name}.log", "a")
+        for k in itertools.count():
+            path = self.parent / (f"{self}_{k}" if k else f"{self}")
+            if not path.exists():
+                with contextlib.suppress(FileExistsError):
+                    return open(f"{path}.log", "x")
+
     def poll(self):
-        """Note the time, and how the process ended if it has."""
+        """Note the time, the run directory if it is known by now, and how the process ended if it has."""
         self.seconds, self.returncode = time.monotonic() - self.start, self.process.poll()
+        if self.run_dir is None:  # not to be guessed: another process may take the name that is free now
+            line = re.search(rf"^({re.escape(str(self.parent / str(self)))}(_\d+)?)  \(", self.output(), re.M)
+            self.run_dir = Path(line[1]) if line else None
 
     def progress(self):
         """The fraction of the steps that are done, and the last return as text."""
         steps, ret = read_progress(self.run_dir) if self.run_dir else (0, "-")
         return min(1, steps / self.args.total_steps), ret
 
+    def output(self):
+        """What the process has printed."""
+        return self.log.read_bytes()[self.log_start :].decode(errors="replace")
+
     def error(self):
-        """The line of the log that says why the run failed."""
-        text = self.log.read_text(errors="replace").strip()
+        """The line of the output that says why the run failed."""
+        text = self.output().strip()
         errors = re.findall(r"^(?:\[rank \d+\] )?[\w.]*(?:[Ee]rror|Exception|Interrupt)\b.*", text, re.M)
         return (errors or text.splitlines() or ["no output"])[-1] + f" (exit status {self.returncode})"
 
@@ -198,6 +217,12 @@ def plan(args, grid):
         if value is not None and value < 1:
             raise RunError(f"--{name} {value}: has to be at least 1")
     keys = {key: key.rstrip("]").partition("[") for key in grid}  # flag, "[", the user's shorthand
+    flags = [flag for flag, _, _ in keys.values()]
+    for flag in flags:
+        if flag in ("exp-name", "data-dir", "resume"):
+            raise RunError(f"{flag.replace('-', '_')}: is no argument that a sweep can vary; see sweep's own options")
+        if flags.count(flag) > 1:
+            raise RunError(f"--{flag}: is given twice, once with a shorthand in brackets")
     varied = {flag: short for key, (flag, _, short) in keys.items() if len(grid[key]) > 1 and flag not in ("seed", "env-id")}
     short, grid = shorthands(varied), {keys[key][0]: values for key, values in grid.items()}
     runs, seen = [], {}
@@ -209,10 +234,13 @@ def plan(args, grid):
         rest += ["--wandb-group", group] * ("track" in grid and "wandb-group" not in grid)
         run_args = tyro.cli(load(script).Args, args=argv + rest, prog=script)
         env = re.sub(r"[^A-Za-z0-9_.+=,-]", "-", run_args.env_id)
-        name = [Path(script).stem] * (args.exp_name is None or len(args.scripts) > 1)
-        name += [env] * (args.exp_name is None or len(grid.get("env-id", [])) > 1)
-        name += [short[flag] + re.sub(r"[^A-Za-z0-9_+=,-]", "-", setting[flag]) for flag in short]
-        name = "_".join([args.exp_name] * (args.exp_name is not None) + name)
+        parts = [] if args.exp_name is None else [args.exp_name]
+        if args.exp_name is None or len(args.scripts) > 1:
+            parts.append(Path(script).stem)
+        if args.exp_name is None or len(grid.get("env-id", [])) > 1:
+            parts.append(env)
+        parts += [short[flag] + re.sub(r"[^A-Za-z0-9_+=,-]", "-", setting[flag]) for flag in short]
+        name = "_".join(parts)
         run = Run(name, run_args.seed, args=dataclasses.replace(run_args, exp_name=name))
         for key in (str(run), f"{script} {run_args}"):
             if key in seen:
@@ -260,19 +288,26 @@ def use_earlier_attempts(run, script, launcher, ranks):
     steps = {}
     for path in sorted(run.parent.glob(f"{run}*/config.json")):
         try:
-            config = json.loads(path.read_text())
-        except ValueError:  # cut off when the run was killed
+            config = read_config(path.parent)
+        except RunError:  # not of a run
             continue
         if all(config.get(name, ...) == value for name, value in wanted.items() if name not in MAY_DIFFER):
             steps[path.parent] = read_progress(path.parent)[0]
-    furthest = max(steps, key=steps.get, default=None)
     resumable = [path for path in steps if any((path / "checkpoint").glob("*.pt"))]
-    if furthest and steps[furthest] >= run.args.total_steps:
-        run.run_dir, run.returncode = furthest, 0
+    # a run that was killed after its last row and before its last save has a checkpoint to go on with
+    finished = [path for path in steps if steps[path] >= run.args.total_steps and (path not in resumable or is_saved(path))]
+    if finished:
+        run.run_dir, run.returncode = max(finished, key=steps.get), 0
     elif resumable:
         run.resumes = max(resumable, key=steps.get)
         run.fraction_before = steps[run.resumes] / run.args.total_steps
         run.command = [*launcher, "--resume", str(run.resumes)]
+
+
+def is_saved(run_dir):
+    """Whether model.pt was written after the last row."""
+    model, rows = run_dir / "model.pt", run_dir / "progress.txt"
+    return model.exists() and model.stat().st_mtime >= rows.stat().st_mtime
 
 
 def summary(runs, workers):
@@ -346,7 +381,6 @@ def execute(runs, workers, ended=lambda run: None):
         stop(runs)
     failed = [run for run in runs if run.returncode]
     for run in failed:
-        run.run_dir = run.run_dir if run.run_dir.is_dir() else None
         print(f"\nFAILED: {shlex.join(run.command)}\n  {run.error()}\n  {run.log}")
     print(f"finished: {len(runs) - len(failed)}, failed: {len(failed)}", flush=True)
 

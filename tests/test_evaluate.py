@@ -241,6 +241,11 @@ def test_nothing_of_the_run_directory_is_executed(ppo_run, monkeypatch):
     for name in ("copy.evil:CartPole-v1", "copy.evil.more:CartPole-v1"):
         change_config(ppo_run, script="ppo.py", env_id=name)
         refused("execute", run_dir=ppo_run)
+    (ppo_run / "package").mkdir()
+    (ppo_run / "package/__init__.py").write_text((ppo_run / "evil.py").read_text())
+    (ppo_run / "package/link").symlink_to("/tmp")  # leads out again
+    change_config(ppo_run, env_id="copy.package.link:CartPole-v1")
+    refused("execute", run_dir=ppo_run)
     assert not trap.exists()
     change_config(ppo_run, env_id="conftest:Count-v0")  # but others may be imported
     refused("size mismatch", run_dir=ppo_run)
@@ -405,6 +410,18 @@ def test_first_library_that_draws_is_chosen(monkeypatch):
     assert tried == ["egl", "osmesa"] and evaluate.os.environ["MUJOCO_GL"] == "osmesa"
     evaluate._choose_gl()
     assert len(tried) == 2
+
+
+@pytest.mark.parametrize("name", ["film.mp4", "film.gif"])
+def test_film_on_a_full_disk(tmp_path, name):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a file system of limited size takes the right to mount one")
+    try:
+        with pytest.raises(RunError, match=f"{name}: cannot be written"):
+            film(Clock(), lambda obs, deterministic: 0, tmp_path / name, max_len=200)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_camera_that_breaks_down(tmp_path):

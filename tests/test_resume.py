@@ -294,7 +294,7 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("what", ["missing", "truncated", "malicious", "foreign", "rows", "config", "empty"])
+@pytest.mark.parametrize("what", ["missing", "truncated", "malicious", "foreign", "rows", "config", "empty", "sizes"])
 def test_broken_run_directories_are_refused_in_one_line(finished, tmp_path, what):
     (checkpoint,) = (finished / "checkpoint").iterdir()
     trap = tmp_path / "trap"
@@ -314,9 +314,29 @@ def test_broken_run_directories_are_refused_in_one_line(finished, tmp_path, what
         os.truncate(finished / "progress.txt", 10)
     elif what == "config":
         (finished / "config.json").write_text('{"script": "ppo.py", ')
+    elif what == "sizes":
+        config = json.loads((finished / "config.json").read_text())
+        (finished / "config.json").write_text(json.dumps(config | dict(hidden_sizes=[5])))
     with pytest.raises(RunError, match=str(finished)) as refused:
         ppo.train(ppo.Args(resume=str(finished)))
     assert "\n" not in str(refused.value) and not trap.exists()
+    assert what != "sizes" or "size mismatch for pi" in str(refused.value)
+
+
+def test_a_run_that_is_still_going_on_is_not_resumed(tmp_path, monkeypatch):
+    update, refused = ppo.update, []
+
+    def resume_meanwhile(*args):
+        if (run_dir(tmp_path) / "checkpoint").exists():
+            with pytest.raises(RunError, match="this run is still going on, in another process"):
+                ppo.train(ppo.Args(resume=str(run_dir(tmp_path))))
+            refused.append(1)
+        return update(*args)
+
+    monkeypatch.setattr(ppo, "update", resume_meanwhile)
+    ppo.train(tiny(ppo, tmp_path, save_freq=1))
+    assert len(refused) == 4 and [row["Epoch"] for row in rows(run_dir(tmp_path))] == list("01234")
+    ppo.train(ppo.Args(resume=str(run_dir(tmp_path))))  # now it is not
 
 
 def test_half_a_row_after_the_checkpoint_is_cut_off(tmp_path):

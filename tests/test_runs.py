@@ -1,5 +1,7 @@
 """Whole runs: learning, determinism, what they leave on disk, and what stops them."""
 
+import importlib.machinery
+import importlib.util
 import json
 import math
 import pathlib
@@ -199,6 +201,8 @@ def test_help_explains_every_argument(script):
     [
         (dict(env_id="HalfCheeta-v4"), ["HalfCheeta-v4", "HalfCheetah-v4"]),
         (dict(env_id="Nonsense-v0"), ["--env-id Nonsense-v0"]),
+        (dict(env_id="a:b:c"), ["--env-id a:b:c"]),
+        (dict(env_id=":"), ["--env-id :"]),
         (dict(env_id="FrozenLake-v1"), ["Discrete(16)", "FlattenObservation"]),
         (dict(gamma=1.5), ["--gamma 1.5", "between 0 and 1"]),
         (dict(gamma=float("nan")), ["--gamma nan"]),
@@ -319,6 +323,17 @@ def test_observations_are_normalised_inside_the_model(tmp_path):
     assert torch.allclose(raw.normalise(obs), torch.full((1, 11), 3.0))
     expected = (3.0 - ac.obs_stats.mean) / torch.sqrt(ac.obs_stats.var + 1e-8)
     assert torch.allclose(ac.normalise(obs), expected.clamp(-10, 10))
+
+
+def test_a_folder_that_is_called_wandb_is_not_the_package(tmp_path, monkeypatch):
+    """What W&B leaves behind in a project looks like a package to Python where the real one is not installed."""
+    import ppo
+
+    (tmp_path / "wandb").mkdir()
+    spec = importlib.machinery.PathFinder.find_spec("wandb", [str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(RunError, match="--track: wandb is not installed; pip install wandb"):
+        ppo.train(small(ppo, tmp_path, track=True))
 
 
 def test_wandb_offline(tmp_path):

@@ -42,3 +42,27 @@ def test_test_returns_count_where_there_are_some(tmp_path):
     table, _ = score(tmp_path, "--save", tmp_path / "kept")
     assert table == [["ppo.py", "X-v0", "1", "50", "50", "9", "10", "0:", "50"]]
     assert score(tmp_path / "kept")[0] == table
+
+
+def test_a_last_line_that_was_cut_off_does_not_finish_a_run(tmp_path):
+    write(tmp_path / "x_s0", [5, 5, 5], seed=0)
+    write(tmp_path / "x_s1", [1, 1, 1, 1], seed=1)
+    for name, rest in dict(x_s0="4000", x_s1="5000\t7").items():
+        with open(tmp_path / name / "progress.txt", "a") as file:
+            file.write(rest)
+    table, errors = score(tmp_path)
+    assert [line[2:] for line in table] == [["1", "1", "1", "1", "10", "1:", "1"]]
+    assert "left out, not finished: x_s0" in errors and errors.count("incomplete last line") == 2
+
+
+def test_two_runs_of_one_name_are_not_kept_in_one_file(tmp_path):
+    write(tmp_path / "a/x_s0", [1, 1, 1, 1], seed=0, gamma=0.5)
+    write(tmp_path / "b/x_s0", [2, 2, 2, 2], seed=0)
+    done = run(sys.executable, "-m", "benchmark.score", tmp_path / "a", tmp_path / "b", "--save", tmp_path / "kept", cwd=ROOT)
+    assert done.returncode == 1 and not (tmp_path / "kept").exists()
+    assert done.stderr == "error: --save: two of the runs are called x_s0; keep them in different directories\n"
+
+
+def test_no_runs(tmp_path):
+    done = run(sys.executable, "-m", "benchmark.score", tmp_path, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr == f"error: no finished runs below {tmp_path}\n"

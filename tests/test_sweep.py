@@ -55,6 +55,7 @@ def train(args):
         config = asdict(args) | dict(script="fake.py", ranks=1, args=asdict(args))
         (run_dir / "config.json").write_text(json.dumps(config))
         (run_dir / "progress.txt").write_text("Epoch\\tAverageEpRet\\tTotalEnvInteracts\\n")
+    print(f"{run_dir}  ({args.env_id}, seed {args.seed})", flush=True)
     (run_dir / "start").write_text(str(time.time()))
     with open(run_dir / "progress.txt", "a") as progress:
         progress.write(f"0\\t1.25\\t{args.total_steps // 2}\\n")
@@ -260,6 +261,62 @@ def test_skip_done_resumes_from_a_checkpoint(fake):
     (run_dir / "checkpoint" / "1_rank0.pt").touch()
     (again,) = plan(*parse("fake.py --gamma 0 --skip-done".split()))
     assert again.command == [sys.executable, "fake.py", "--resume", str(run_dir)] and again.fraction_before == 0.5
+
+
+def test_a_run_whose_last_save_failed_is_not_done(fake):
+    """A kill between the last row and the last model.pt: without a checkpoint there is nothing better to do than to keep it."""
+    run_dir = sweep("fake.py", {})[0].run_dir
+    (run_dir / "checkpoint").mkdir()
+    (run_dir / "checkpoint" / "1_rank0.pt").touch()
+    (run_dir / "model.pt").touch()
+    os.utime(run_dir / "model.pt", (1, 1))
+    (again,) = plan(Args(("fake.py",), skip_done=True), {})
+    assert again.resumes == run_dir and again.returncode is None
+    os.utime(run_dir / "model.pt")
+    (again,) = plan(Args(("fake.py",), skip_done=True), {})
+    assert again.run_dir == run_dir and again.returncode == 0
+
+
+def test_what_an_earlier_attempt_printed_is_not_this_one_s(fake):
+    run_dir = sweep("fake.py", dict(gamma=[0]))[0].run_dir
+    (run_dir / "checkpoint").mkdir()
+    (run_dir / "checkpoint" / "1_rank0.pt").touch()
+    (fake / "fake.py").write_text(FAKE.replace('if __name__ == "__main__":', 'if __name__ == "__main__":\n    exit(3)'))
+    (again,) = sweep("fake.py", dict(gamma=[0]), skip_done=True)
+    assert again.run_dir == run_dir and again.error() == "no output (exit status 3)"
+    assert "ValueError: gamma is 0" in again.log.read_text()
+
+
+def test_two_sweeps_of_one_name_at_once(fake):
+    """Each has a log of its own and knows which directory is its run's."""
+    (fake / "hold0").touch()
+    runs = [plan(Args(("fake.py",)), {"gamma": [gamma]})[0] for gamma in ("0.5", "0.6", "0.7")]
+    for run in runs:
+        run.launch()
+    deadline = time.monotonic() + 60
+    while any(run.run_dir is None for run in runs) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        for run in runs:
+            run.poll()
+    (fake / "hold0").unlink()
+    assert [run.process.wait(60) for run in runs] == [0, 0, 0]
+    gammas = [json.loads((run.run_dir / "config.json").read_text())["gamma"] for run in runs]
+    assert gammas == [0.5, 0.6, 0.7] and len({run.log for run in runs}) == 3
+
+
+@pytest.mark.parametrize(
+    "grid, message",
+    [
+        ({"data_dir": ["x"]}, "data_dir: is no argument that a sweep can vary"),
+        ({"exp_name": ["x"]}, "exp_name: is no argument"),
+        ({"resume": ["x"]}, "resume: is no argument"),
+        ({"gamma[g]": [0.1], "gamma": [0.2, 0.3]}, "--gamma: is given twice"),
+    ],
+)
+def test_a_grid_that_would_not_do_what_it_says_is_refused(fake, grid, message):
+    with pytest.raises(RunError, match=message):
+        sweep("fake.py", grid)
+    assert written(fake) == []
 
 
 def test_time_left_and_progress(fake):

@@ -14,6 +14,7 @@ and the script whose name stands in config.json is the one of that name next to 
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -30,7 +31,7 @@ import torch
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg, create_mutex_group
 
-from utils.logger import check_finite, read_config, silence_environments
+from utils.logger import check_finite, one_line, read_config, silence_environments
 from utils.mpi import RunError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -78,8 +79,9 @@ def load_policy(run_dir, itr=None, render_mode=None):
     if not isinstance(env_id, str):
         raise RunError(f"{run_dir / 'config.json'}: names no environment in env_id")
     weights = _read_weights(run_dir, itr)
-    for place in sys.path if ":" in env_id else ():  # Gymnasium imports what stands before the colon
-        if pathlib.Path(place, *env_id.split(":")[0].split(".")).resolve().is_relative_to(run_dir.resolve()):
+    packages = env_id.split(":")[0].split(".") if ":" in env_id else []  # Gymnasium imports each of them
+    for place, n in itertools.product(sys.path, range(1, len(packages) + 1)):
+        if pathlib.Path(place, *packages[:n]).resolve().is_relative_to(run_dir.resolve()):
             raise RunError(f"{run_dir}: env_id {env_id!r} would execute code of the run directory")
     script = _import_script(config["script"], run_dir)
     if render_mode == "rgb_array":
@@ -96,15 +98,10 @@ def load_policy(run_dir, itr=None, render_mode=None):
         module.load_state_dict(weights)
     except Exception as error:  # an environment may raise anything
         gl = f" (MUJOCO_GL is {os.environ['MUJOCO_GL']})" if "MUJOCO_GL" in os.environ and "mujoco" not in sys.modules else ""
-        raise RunError(f"{run_dir}: this run of {config['script']} on {env_id} cannot be loaded: {_line(error)}{gl}") from None
+        raise RunError(f"{run_dir}: this run of {config['script']} on {env_id} cannot be loaded: {one_line(error)}{gl}") from None
     if render_mode:
         _follow(env)
     return env, Policy(module.eval(), "num_test_episodes" in fields)
-
-
-def _line(error):
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 300 else text[:300] + " ..."
 
 
 def _read_weights(run_dir, itr):
@@ -172,7 +169,8 @@ class Camera:
     """
 
     def __init__(self, env, path):
-        self.env, self.path, self.calls, self.frames, self.writer = env, pathlib.Path(path), 0, 0, None
+        self.env, self.path, self.calls, self.frames = env, pathlib.Path(path), 0, 0
+        self.writer, self.images = None, []  # of an .mp4, of a .gif
         if self.path.suffix not in FILMS:
             raise RunError(f"--video {path}: has to end in {' or '.join(FILMS)}")
         if not self.path.absolute().parent.is_dir():
@@ -189,11 +187,16 @@ class Camera:
         self.calls += 1
         if (self.calls - 1) % self.every == 0 and self.frames < self.max_frames:
             frame = self._draw()
-            try:
+            with self._writing():
                 self._write(frame)
-            except (OSError, ImportError) as error:
-                raise RunError(f"--video {self.path}: cannot be written: {_line(error)}") from None
             self.frames += 1
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except (OSError, ImportError) as error:
+            raise RunError(f"--video {self.path}: cannot be written: {one_line(error)}") from None
 
     def _draw(self):
         try:
@@ -202,26 +205,35 @@ class Camera:
         except Exception as error:  # OpenGL's libraries fail in many ways
             hint = "; MuJoCo needs EGL or OSMesa: apt install libegl1 libgl1, or libosmesa6"
             hint = hint if hasattr(self.env.unwrapped, "mujoco_renderer") else ""
-            raise RunError(f"--video {self.path}: the environment cannot be drawn: {_line(error)}{hint}") from None
+            raise RunError(f"--video {self.path}: the environment cannot be drawn: {one_line(error)}{hint}") from None
 
     def _write(self, frame):
         import imageio.v2 as imageio
         from PIL import Image
 
-        if self.writer is None:
-            mp4 = self.path.suffix == ".mp4"
-            options = dict(fps=self.fps, macro_block_size=2) if mp4 else dict(duration=1000 / self.fps, loop=0)
-            self.writer = imageio.get_writer(self.path, **options)
         scale = min(1, self.max_pixels / max(frame.shape))
         size = [max(1, round(n * scale / 2)) * 2 for n in (frame.shape[1], frame.shape[0])]  # even, as H.264 wants
-        self.writer.append_data(np.asarray(Image.fromarray(frame).resize(size)))
+        image = Image.fromarray(frame).resize(size)
+        if self.path.suffix == ".gif":
+            self.images.append(image)
+            return
+        self.writer = self.writer or imageio.get_writer(self.path, fps=self.fps, macro_block_size=2)
+        self.writer.append_data(np.asarray(image))
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
-        if self.writer:
-            self.writer.close()
+    def __exit__(self, kind, error, trace):
+        import imageio.v2 as imageio
+
+        with self._writing():
+            if self.images:
+                first, *others = self.images
+                first.save(self.path, save_all=True, append_images=others, duration=1000 / self.fps, loop=0)
+            if self.writer:
+                self.writer.close()
+                if not error:
+                    imageio.get_reader(self.path).close()  # raises OSError where the disk was full, of which `close` is silent
 
 
 def play(env, act, episodes=1, deterministic=None, max_len=None, seed=0, watch=lambda: None):

@@ -104,7 +104,7 @@ def check(args, action_spaces, **divisors):
     multiple of 8. Raises RunError with one line that says what to do.
     """
     _check_ranges(args)
-    if args.track and importlib.util.find_spec("wandb") is None:
+    if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:  # a mere folder wandb/ has none
         raise RunError("--track: wandb is not installed; pip install wandb")
     if args.wandb_video and not args.track:
         raise RunError("--wandb-video: add --track, which it belongs to")
@@ -125,7 +125,7 @@ def check(args, action_spaces, **divisors):
     silence_environments()
     try:
         env = gym.make(args.env_id)
-    except (gym.error.Error, ImportError) as error:
+    except (gym.error.Error, ImportError, ValueError) as error:
         near = difflib.get_close_matches(args.env_id, gym.registry, n=3) if isinstance(error, gym.error.UnregisteredEnv) else []
         hint = f" Nearest names: {', '.join(near)}." if near else ""
         raise RunError(f"--env-id {args.env_id}: {str(error).splitlines()[0]}{hint}") from None
@@ -204,7 +204,7 @@ def check_finite(step, **arrays):
     """Stop the run if one of the arrays holds a NaN or an infinity; names the quantity and the step."""
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            raise RunError(f"{name} is not finite at step {step:,}; model.pt is left as it was")
+            raise RunError(f"{name} is not finite at step {step:,}")
 
 
 def use_processor(args):
@@ -251,7 +251,10 @@ class Repeatable(gym.Wrapper):
         for action in self.actions:
             self.obs, *_ = self.env.step(action)
         if not np.array_equal(self.obs, state["obs"].numpy()):
-            raise RunError(f"--resume: {self.spec.id} cannot be brought back to its state; it depends on more than `np_random`")
+            raise RunError(
+                f"--resume: {self.spec.id} cannot be brought back to its state, which depends on more than `np_random`; "
+                "start a new run"
+            )
 
 
 def make_env(env_id, max_ep_len=None):
@@ -298,11 +301,24 @@ class Logger:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(self.dir / "config.json.part", self.dir / "config.json")
-            self.progress = open(self.dir / "progress.txt", "a", newline="\n")
+            self.progress = self.progress or self._open_progress()
         if self.args.track:
             self.wandb = _start_wandb(self.args, self.config, self.dir)
             self._track(lambda wandb: wandb.save(str(self.script.resolve()), str(self.script.resolve().parent), "now"))
         self.display = _Display(self.dir, self.args)
+
+    def _open_progress(self):
+        """Open progress.txt, which only one process at a time may do: a run cannot be resumed while it is still going on."""
+        file = open(self.dir / "progress.txt", "a", newline="\n")
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"--resume {self.dir}: this run is still going on, in another process") from None
+        except (ImportError, OSError):
+            pass  # Windows, and file systems that cannot lock
+        return file
 
     def epochs(self, count, **state):
         """Yield the numbers of the epochs to do: 0 to count - 1, or from where the run to resume was left.
@@ -350,14 +366,16 @@ class Logger:
         alone. What was stored comes after `Epoch`; `Time` (seconds since the start) and `StepsPerSec` (of this epoch, by
         `TotalEnvInteracts`) are added. Raises RunError for a number that is not finite.
         """
-        metrics, self.stored, row = {"Epoch": metrics["Epoch"]} | self.stored | metrics, {}, {}
+        metrics = {"Epoch": metrics["Epoch"]} | self.stored | metrics
+        self.stored, row = {}, {}
         for name, value in metrics.items():
             if isinstance(value, list):
                 values = mpi.gather(value)
                 mean, std, high, low = (f(values) if len(values) else "" for f in (np.mean, np.std, np.max, np.min))
-                average_only = name in self.AVERAGE_ONLY
-                row |= {name: mean} if average_only else {f"Average{name}": mean, f"Std{name}": std}
-                row |= {} if average_only else {f"Max{name}": high, f"Min{name}": low}
+                if name in self.AVERAGE_ONLY:
+                    row[name] = mean
+                else:
+                    row |= {f"Average{name}": mean, f"Std{name}": std, f"Max{name}": high, f"Min{name}": low}
             else:
                 row[name] = value if isinstance(value, int) else mpi.average(value)
         steps, now = row["TotalEnvInteracts"], time.time()
@@ -426,7 +444,7 @@ class Logger:
         except RunError:
             raise
         except Exception as error:  # whatever a broken or foreign file brings about
-            raise RunError(f"--resume {self.dir}: cannot use {path}: {_first_line(error)}") from error
+            raise RunError(f"--resume {self.dir}: cannot use {path}: {one_line(error)}; start a new run") from error
         self.epoch, self.saves, self.last_steps = run["epoch"], run["saves"], run["last_steps"]
         self.stored = {name: values.tolist() for name, values in run["stored"].items()}
         if mpi.rank() == 0:
@@ -434,7 +452,10 @@ class Logger:
             if not rows.is_file() or rows.stat().st_size < run["rows_end"]:
                 raise RunError(f"--resume {self.dir}: progress.txt lacks rows that were there at the checkpoint")
             with _writing(rows):
-                os.truncate(rows, run["rows_end"])  # rows after the checkpoint will come again
+                self.progress = self._open_progress()
+                if rows.stat().st_size > run["rows_end"]:
+                    self.progress.truncate(run["rows_end"])  # rows after the checkpoint will come again
+                    self.progress.seek(0, os.SEEK_END)
         mpi.check_equal(self.state["ac"])
         self._delete_other_checkpoints()  # a half one, of which this run would come to write the other half
         _set_random_state(saved["random"])
@@ -446,7 +467,7 @@ class Logger:
             try:
                 action(self.wandb)
             except Exception as error:
-                print(f"W&B: {_first_line(error)}; the run goes on without", file=sys.stderr, flush=True)
+                print(f"W&B: {one_line(error)}; the run goes on without", file=sys.stderr, flush=True)
 
     def _film(self, wandb):
         import wandb as package
@@ -489,7 +510,7 @@ class Logger:
                 self._track(self._film)
             self._track(lambda wandb: wandb.finish(exit_code=0 if kind is None else 1))
         if kind in (Interrupted, KeyboardInterrupt) and mpi.rank() == 0 and [*(self.dir / "checkpoint").glob("*_rank0.pt")]:
-            print(f"to go on: {_launcher()}python {self.script.name} --resume {shlex.quote(str(self.dir))}", flush=True)
+            print(f"to go on: {_launcher()}python {os.path.relpath(self.script)} --resume {shlex.quote(str(self.dir))}", flush=True)
         if kind is SystemExit:  # which never reaches sys.excepthook
             if mpi.size() > 1:
                 print(f"[rank {mpi.rank()}] exits: {error}", file=sys.stderr, flush=True)
@@ -539,8 +560,10 @@ def _take_over(args):
                 setattr(args, field.name, old)
 
 
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def one_line(error):
+    """The text of an error, however many lines it has, for a message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 300 else text[:300] + " ..."
 
 
 def _launcher():

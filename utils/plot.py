@@ -86,9 +86,11 @@ def _complete(path):
     return logdirs
 
 
-def _read(file, run_dir):
-    """The run whose rows are in `file`. Raises OSError or ValueError where it cannot be read."""
+def read_run(file):
+    """The run whose rows are in `file`, a progress.txt or a kept .csv; without a last line that was cut off, which it says on
+    stderr. Raises OSError or ValueError where it cannot be read."""
     kept = file.suffix == ".csv"
+    run_dir = file.with_suffix("") if kept else file.parent
     config = json.loads((file.with_suffix(".json") if kept else file.with_name("config.json")).read_text())
     if not isinstance(config, dict):
         raise ValueError("its configuration is no JSON object")
@@ -124,14 +126,14 @@ def load_runs(paths, select=(), exclude=(), legend=()):
     for logdir in [logdir for path in paths for logdir in _complete(Path(path))]:
         files = [logdir] if logdir.is_file() else [*logdir.rglob("progress.txt"), *logdir.rglob("*.csv")]
         for file in sorted(file for file in files if file.suffix != ".csv" or file.with_suffix(".json").exists()):
-            run_dir = file.with_suffix("") if file.suffix == ".csv" else file.parent
-            wanted = all(s in str(run_dir) for s in select) and not any(s in str(run_dir) for s in exclude)
+            name = str(file.with_suffix("") if file.suffix == ".csv" else file.parent)
+            wanted = all(s in name for s in select) and not any(s in name for s in exclude)
             if wanted and file.resolve() not in seen:
                 seen.add(file.resolve())
                 try:
-                    logdirs.setdefault(logdir, []).append(_read(file, run_dir))
+                    logdirs.setdefault(logdir, []).append(read_run(file))
                 except (OSError, ValueError) as error:
-                    print(f"left out, {str(error).splitlines()[0]}: {run_dir}", file=sys.stderr)
+                    print(f"left out, {str(error).splitlines()[0]}: {name}", file=sys.stderr)
     logdirs = {logdir: runs for logdir, runs in logdirs.items() if runs}
     if not logdirs:
         rules = ", with these --select and --exclude" if select or exclude else ""
