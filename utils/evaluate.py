@@ -224,16 +224,16 @@ class Camera:
         return self
 
     def __exit__(self, kind, error, trace):
-        import imageio.v2 as imageio
-
         with self._writing():
             if self.images:
                 first, *others = self.images
                 first.save(self.path, save_all=True, append_images=others, duration=1000 / self.fps, loop=0)
             if self.writer:
                 self.writer.close()
-                if not error:
-                    imageio.get_reader(self.path).close()  # raises OSError where the disk was full, of which `close` is silent
+                if not error:  # a full disk, of which `close` is silent, leaves what cannot be read
+                    import imageio.v2 as imageio
+
+                    imageio.get_reader(self.path).close()
 
 
 def play(env, act, episodes=1, deterministic=None, max_len=None, seed=0, watch=lambda: None):
