@@ -6,7 +6,8 @@
     python -m benchmark.report                                                      # tables and figures
 
 Each finished run leaves its curve (<run>.csv) and its configuration (<run>.json) in --results, or for a study in
-benchmark/studies/<suite>. Started again after an interruption, the benchmark goes on where it was: runs whose curve is
+benchmark/studies/<suite>. Trained policies of VPG, TRPO and PPO are tested like those of DDPG, TD3 and SAC are at the end of
+each epoch: without noise, for 10 episodes. Started again after an interruption, the benchmark goes on where it was: runs whose curve is
 there with the same arguments are left out, runs that are finished in --data-dir are kept, and unfinished ones are resumed
 from their checkpoint. A change of the code is not noticed: delete the curves that it could have changed, and their runs.
 With another --results and another --data-dir all of it is run anew. A run of DDPG, TD3 or SAC takes an hour or more of
@@ -21,11 +22,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import tyro
 
 from benchmark import score
 from benchmark.sweep import Args as SweepArgs
 from benchmark.sweep import execute, handle_signals, plan
+from utils.evaluate import load_policy, play
 from utils.mpi import RunError
 from utils.plot import ASIDE
 
@@ -92,6 +95,17 @@ def is_kept(run, folder):
     return same_arguments(config, run.args) and (folder / f"{run}.csv").exists()
 
 
+def test(run, run_dir):
+    """Note in the last row of a Run (of benchmark.score) the mean return of 10 deterministic episodes of its policy."""
+    try:
+        env, act = load_policy(run_dir)
+    except RunError as error:
+        print(f"not tested, {error}", file=sys.stderr)
+        return
+    run.rows.loc[run.rows.index[-1], "test_ret"] = np.mean([ret for ret, _ in play(env, act, 10, deterministic=True)]).round(1)
+    env.close()
+
+
 def main(args):
     """Returns the exit status: 1 if a run failed."""
     folder = args.results if args.suite == "learning" else Path("benchmark/studies") / args.suite
@@ -99,6 +113,8 @@ def main(args):
     def keep(run):
         if run.returncode == 0:
             for finished in score.load(run.run_dir):
+                if "num_test_episodes" not in finished.config:  # on-policy
+                    test(finished, run.run_dir)
                 score.save(finished, folder, str(run))
 
     runs = planned(args)

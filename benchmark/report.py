@@ -53,6 +53,8 @@ class Cell:
             self.best, self.std = self.at_best.mean(), self.at_best.std()
             finals = rets[rets.index > 0.9 * rets.index[-1]].mean()
             self.final, self.final_std = finals.mean(), finals.std(ddof=0)
+            trained = np.array([run.trained for run in self.experiment.runs.values()])
+            self.trained, self.trained_std = trained.mean(), trained.std()
             self.ratio = self.best / self.published
 
 
@@ -142,7 +144,7 @@ def number(x):
 
 
 def with_deviation(mean, std, seeds):
-    return f"{number(mean)} ± {number(std)}" if seeds > 1 else number(mean)
+    return f"{number(mean)} ± {number(std)}" if seeds > 1 and not np.isnan(mean) else number(mean)
 
 
 def table(header, rows):
@@ -197,10 +199,11 @@ def cell_table(cells):
         if cell.experiment:
             best = with_deviation(cell.best, cell.std, cell.seeds)
             final = with_deviation(cell.final, cell.final_std, cell.seeds)
-            rows.append([*name, cell.seeds, best, final, number(cell.published), cell.source, ratio(cell)])
+            trained = with_deviation(cell.trained, cell.trained_std, cell.seeds)
+            rows.append([*name, cell.seeds, best, final, trained, number(cell.published), cell.source, ratio(cell)])
         else:
-            rows.append([*name, 0, "", "", number(cell.published), cell.source, "missing"])
-    return table(["", "environment", "seeds", "best point", "final 10%", "best published", "by", "ratio"], rows)
+            rows.append([*name, 0, "", "", "", number(cell.published), cell.source, "missing"])
+    return table(["", "environment", "seeds", "best point", "final 10%", "trained", "best published", "by", "ratio"], rows)
 
 
 def value_fits(args):
@@ -293,12 +296,16 @@ def write(args):
 Six algorithms on five environments, {args.total_steps:,} environment steps, each file's own defaults, the same on all
 environments. `python -m benchmark.mujoco` makes the curves, `python -m benchmark.report` this page from them.
 
-On-policy, a point of a curve is the mean return in training, of the stochastic policy, over 10 epochs; off-policy, the mean of
-10 deterministic test episodes every 10,000 steps. *Best point* is the highest point of the seed-averaged curve, the measure of
-the TD3 paper; *final 10%* is the mean over the last 10% of the steps; ± is the standard deviation over the seeds. *Best
-published* is the highest mean that we know for the algorithm at {args.total_steps:,} steps, from `benchmark/published.csv` (for
-VPG that of A2C, a policy gradient with a critic as ours is); *ratio* is our best point divided by it, bold where it falls short.
-The fewer seeds a curve is averaged over, the more noise its best point holds, and the more it flatters.
+- *Best point*: the highest point of the seed-averaged curve, the measure of the TD3 paper. On-policy a point is the mean return
+  in training, of the stochastic policy, over 10 epochs; off-policy the mean of 10 deterministic test episodes every 10,000
+  steps. The fewer seeds a curve is averaged over, the more noise its best point holds, and the more it flatters.
+- *Final 10%*: the mean over the last 10% of the steps.
+- *Trained*: what the trained policies return without noise, in 10 deterministic episodes, on-policy too.
+- ±: the standard deviation over the seeds.
+- *Best published*: the highest mean that we know for the algorithm at {args.total_steps:,} steps, from `benchmark/published.csv`;
+  for VPG that of A2C, a policy gradient with a critic as ours is. Of the on-policy ones, Tianshou's are from test episodes of
+  the stochastic policy, the TD3 paper's from tests without noise, the others from training.
+- *Ratio*: our best point divided by the best published, bold where it falls short.
 
 Best point / best published (ratio):
 """,

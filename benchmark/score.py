@@ -33,11 +33,19 @@ class Args:
 
 @dataclass
 class Run:
-    """A run: its name, config.json, and a DataFrame with steps, ret (NaN where blank), steps_per_sec."""
+    """A run: its name, config.json, and a DataFrame with steps, ret (NaN where blank), steps_per_sec.
+
+    Where the benchmark has tested the trained policy of an on-policy run, there is also test_ret, NaN but in the last row."""
 
     name: str
     config: dict
     rows: pd.DataFrame
+
+    @property
+    def trained(self):
+        """The mean return of the trained policy without noise; NaN if it was not tested."""
+        tests = "ret" if self.config.get("num_test_episodes") else "test_ret"
+        return self.rows[tests].iloc[-1] if tests in self.rows else float("nan")
 
 
 @dataclass
@@ -65,7 +73,8 @@ def load(path):
         try:
             run, kept = read_run(file), file.suffix == ".csv"
             ret = "AverageTestEpRet" if run.config.get("num_test_episodes") and not kept else "AverageEpRet"
-            rows = run.rows[["TotalEnvInteracts", ret, "StepsPerSec"]].round(1).set_axis([*KEPT], axis=1)
+            rows = run.rows[["TotalEnvInteracts", ret, "StepsPerSec"]].set_axis([*KEPT], axis=1)
+            rows = rows.join(run.rows.filter(["test_ret"])).round(1)
             if rows["ret"].isna().all():
                 raise ValueError("it has no returns")
             runs.append(Run(run.dir.name, run.config, rows.astype({"steps": int})))

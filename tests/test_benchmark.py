@@ -19,6 +19,7 @@ import ddpg
 from benchmark.mujoco import Args as BenchmarkArgs
 from benchmark.mujoco import planned
 from benchmark.report import Args, interquartile_mean, interval, load_cells, main, score_table, study, summary_table, write
+from utils.evaluate import load_policy
 from utils.mpi import RunError
 
 
@@ -43,8 +44,20 @@ def test_the_benchmark_makes_what_is_missing(tmp_path):
     files = sorted(path.name for path in (tmp_path / "kept").iterdir())
     assert files == [f"vpg_InvertedPendulum-v4_s{seed}.{kind}" for seed in (0, 1) for kind in ("csv", "json")]
     kept = {name: (tmp_path / "kept" / name).read_text() for name in files}
-    assert kept[files[0]].splitlines()[0] == "steps,ret,steps_per_sec"
-    assert [line.split(",")[0] for line in kept[files[0]].splitlines()[1:]] == ["1000", "2000", "3000", "4000"]
+    assert kept[files[0]].splitlines()[0] == "steps,ret,steps_per_sec,test_ret"
+    rows = [line.split(",") for line in kept[files[0]].splitlines()[1:]]
+    assert [row[0] for row in rows] == ["1000", "2000", "3000", "4000"]
+    env, act = load_policy(tmp_path / "data/vpg_InvertedPendulum-v4/vpg_InvertedPendulum-v4_s0")
+    returns = []
+    for k in range(10):
+        seed = int(np.random.SeedSequence([0, k]).generate_state(2)[0])
+        (obs, _), done, ret = env.reset(seed=seed), False, 0
+        while not done:
+            mean = act.module.pi(act.module.normalise(obs[None])).mean[0].detach().numpy()
+            obs, rew, terminated, truncated, _ = env.step(np.clip(3 * mean, -3, 3))  # the bounds of this environment
+            ret, done = ret + rew, terminated or truncated
+        returns.append(ret)
+    assert [row[3] for row in rows] == ["", "", "", f"{np.mean(returns):.1f}"]  # the trained policy, without noise
 
     for file in (tmp_path / "kept").glob("*_s1.*"):
         file.unlink()
@@ -135,18 +148,21 @@ def results(tmp_path):
     (tmp_path / "published.csv").write_text(PUBLISHED)
     (tmp_path / "results").mkdir()
 
-    def keep(script, env_id, seed, rets, **config):
+    def keep(script, env_id, seed, rets, test_ret=None, **config):
         name = f"{script}_{env_id}_s{seed}" + "_other" * bool(config.get("gamma"))
         step = 1_000_000 // len(rets)
         rows = [f"{step * (k + 1)},{ret},1.0" for k, ret in enumerate(rets)]
-        (tmp_path / "results" / f"{name}.csv").write_text("\n".join(["steps,ret,steps_per_sec", *rows]) + "\n")
+        rows.insert(0, "steps,ret,steps_per_sec")
+        if test_ret is not None:
+            rows = [f"{row},{end}" for row, end in zip(rows, ["test_ret", *[""] * (len(rets) - 1), test_ret], strict=True)]
+        (tmp_path / "results" / f"{name}.csv").write_text("\n".join(rows) + "\n")
         own = asdict(importlib.import_module(script).Args(env_id=env_id, seed=seed))
         config = json.loads(json.dumps(own)) | dict(script=f"{script}.py", git_commit=f"abc{seed}") | config
         (tmp_path / "results" / f"{name}.json").write_text(json.dumps(config))
 
     # points are means over 10 epochs: the first is the mean of epochs 1 to 10
-    keep("ppo", "Hopper-v4", 0, [10] * 10 + [20] * 10)  # points rise from 10 to 20
-    keep("ppo", "Hopper-v4", 1, [40] * 10 + [0] * 10)  # points fall from 40 to 0
+    keep("ppo", "Hopper-v4", 0, [10] * 10 + [20] * 10, test_ret=30)  # points rise from 10 to 20
+    keep("ppo", "Hopper-v4", 1, [40] * 10 + [0] * 10, test_ret=36)  # points fall from 40 to 0
     keep("ppo", "Hopper-v4", 0, [100] * 20, gamma=0.5)  # other arguments than the script's own
     keep("ppo", "Swimmer-v4", 0, [7] * 20, total_steps=2_000_000)
     keep("vpg", "Hopper-v4", 0, [3] * 20)  # for which nothing is published here
@@ -204,7 +220,9 @@ def test_the_report_says_what_is_missing(results, capsys):
     assert "VPG HalfCheetah-v4" in text.split("Missing: ")[1].splitlines()[0]
     assert "benchmark.mujoco --suite value-fits" in text
     assert "benchmark.mujoco --suite broadcast" in text
-    assert "| PPO | Walker2d-v4 | 1 | 2.0 | 2.0 | 4.0 | A | **0.50** |" in text
+    assert "| PPO | Walker2d-v4 | 1 | 2.0 | 2.0 |  | 4.0 | A | **0.50** |" in text  # the trained policy was not tested
+    assert "| PPO | Hopper-v4 | 2 | 25.0 ± 15.0 | 10.0 ± 10.0 | 33.0 ± 3.0 | 20.0 | A (read off a curve) | 1.25 |" in text
+    assert "| SAC | Hopper-v4 | 1 | 16.0 | 5.0 | 5.0 | 8.0 | A | 2.00 |" in text
     assert (results / "results/curves.png").stat().st_size > 10_000
     assert "**0.50**" in capsys.readouterr().out
 
