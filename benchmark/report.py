@@ -244,7 +244,7 @@ STUDIES = {  # functions that load the runs, text
 
 Exercise 2.1 of [Spinning Up](https://spinningup.openai.com/en/latest/spinningup/exercises.html): what the critic is worth to
 TRPO, on Hopper-v4. A critic that is never trained is a fixed random function around the mean return, and advantages are little
-more than rewards to go, discounted by gamma lambda.""",
+more than rewards to go, discounted by gamma lambda. The trained critic's runs are the benchmark's.""",
     ),
     "broadcast": (
         broadcast,
@@ -259,7 +259,7 @@ its loss broadcasts to (B, B) without an error (`benchmark/studies/ddpg_no_squee
         """## SAC's entropy coefficient
 
 Learned with `--autotune`, which starts it at 0.2 and holds the entropy at minus the number of action dimensions, or fixed at 0.2,
-the default: the benchmark's runs, as far as those of the study go.""",
+the default: the benchmark's runs, cut to the study's steps.""",
     ),
 }
 
@@ -300,11 +300,11 @@ environments. `python -m benchmark.mujoco` makes the curves, `python -m benchmar
   in training, of the stochastic policy, over 10 epochs; off-policy the mean of 10 deterministic test episodes every 10,000
   steps. The fewer seeds a curve is averaged over, the more noise its best point holds, and the more it flatters.
 - *Final 10%*: the mean over the last 10% of the steps.
-- *Trained*: what the trained policies return without noise, in 10 deterministic episodes, on-policy too.
+- *Trained*: what the trained policies return without noise, in 10 episodes, on-policy too; blank where it was not tested.
 - ±: the standard deviation over the seeds.
 - *Best published*: the highest mean that we know for the algorithm at {args.total_steps:,} steps, from `benchmark/published.csv`;
-  for VPG that of A2C, a policy gradient with a critic as ours is. Of the on-policy ones, Tianshou's are from test episodes of
-  the stochastic policy, the TD3 paper's from tests without noise, the others from training.
+  for VPG that of A2C, a policy gradient with a critic as ours is. The on-policy ones come from tests with noise (Tianshou),
+  tests without noise (TD3 paper) or training (the others).
 - *Ratio*: our best point divided by the best published, bold where it falls short.
 
 Best point / best published (ratio):
@@ -321,8 +321,8 @@ Best point / best published (ratio):
 
 Means and standard deviations over the seeds; dashed, the best published.
 
-Interquartile mean of the ratios over all runs, each at the best point of its cell's curve, with the interval of a bootstrap that
-resamples the seeds within each cell (arXiv:2108.13264), which is too narrow where there are one or two of them:
+Interquartile mean, over all runs, of the return at the best point of its cell (an algorithm on an environment) divided by the best
+published; interval: bootstrap over each cell's seeds (arXiv:2108.13264), too narrow where a cell has one or two:
 """,
         *score_table(families),
         "",
