@@ -4,7 +4,7 @@
     L_q    =  mean (q(obs, act) - target)^2
     L_pi   = -mean q(obs, pi(obs)),   after which the targets follow by Polyak averaging
 
-Here -1 and 1 stand for the bounds of each dimension of the action: policy, critic and noise live in that box.
+Actions are scaled so that each dimension's bounds are -1 and 1: policy, critic and noise are in these units.
 The noise of the acting policy is Gaussian, as in arXiv:1802.09477, not an Ornstein-Uhlenbeck process.
 
     python ddpg.py --env-id Walker2d-v4
@@ -23,7 +23,7 @@ from gymnasium.spaces import Box
 from torch import nn
 
 from utils import mpi
-from utils.logger import Logger, RunArgs, check, check_finite, make_env, use_processor
+from utils.logger import Logger, RunArgs, check, check_finite, configure_torch, make_env
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Batch(NamedTuple):
     act: torch.Tensor  # within -1 and 1
     rew: torch.Tensor
     next_obs: torch.Tensor  # the real final observation where an episode ends
-    terminated: torch.Tensor  # 1 where the return ends, and so 0 where the episode is only truncated
+    terminated: torch.Tensor  # 1 where next_obs is terminal, 0 where the episode is only truncated
 
 
 class ReplayBuffer:
@@ -71,7 +71,7 @@ class ReplayBuffer:
         self.ep_ret, self.ep_len = np.zeros(len(envs)), np.zeros(len(envs), int)
 
     def collect(self, ac, num_steps, start_steps):
-        """Act for `num_steps` in each environment, uniformly at random until all ranks together have taken `start_steps`.
+        """Act for `num_steps` steps in each environment, uniformly at random until all ranks together have taken `start_steps`.
 
         Returns the returns and the lengths of the episodes that ended."""
         ep_rets, ep_lens = [], []
@@ -236,8 +236,9 @@ def train(args):
     """Train as `args` (an Args) says and return the ActorCritic. Raises RunError for what cannot work."""
     ranks = mpi.size()
     num_envs = max(args.num_envs, ranks)  # one for each rank at least
+    # the sizes named here have to be multiples of these numbers
     check(args, (Box,), num_envs=min(args.num_envs, ranks), steps_per_epoch=num_envs, batch_size=ranks, replay_size=ranks)
-    use_processor(args)
+    configure_torch(args)
     seeds = mpi.seed_everything(args.seed)
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(num_envs // ranks)]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
@@ -253,14 +254,14 @@ def train(args):
 
     state = dict(ac=ac, ac_targ=ac_targ, pi_optimizer=pi_optimizer, q_optimizer=q_optimizer)
     with Logger(args, __file__) as logger:
-        for epoch in logger.epochs(epochs, **state, buffer=buffer, test_env=test_env):
+        for epoch in logger.epochs(epochs, **state, buffer=buffer, test_env=test_env):  # all that --resume restores
             epoch_end = (epoch + 1) * args.steps_per_epoch
             while buffer.steps < epoch_end:
-                num_steps = min(block, epoch_end - buffer.steps)
-                ep_rets, ep_lens = buffer.collect(ac, num_steps // num_envs, args.start_steps)
+                block_steps = min(block, epoch_end - buffer.steps)
+                ep_rets, ep_lens = buffer.collect(ac, block_steps // num_envs, args.start_steps)
                 metrics = dict.fromkeys(["QVals", "LossQ", "LossPi"], [])  # blank until the first update
                 if buffer.steps >= args.update_after:
-                    for _ in range(num_steps):
+                    for _ in range(block_steps):
                         batch = buffer.sample(args.batch_size // ranks, ac.device)
                         metrics |= update(ac, ac_targ, pi_optimizer, q_optimizer, batch, args)
                 logger.store(EpRet=ep_rets, EpLen=ep_lens, **metrics)  # metrics of the block's last update

@@ -4,8 +4,8 @@
     L_v  =  mean (V(obs) - ret)^2,   ret = adv + V(obs) of the critic before the pass over the batch
     adv  =  generalized advantage estimates (GAE), arXiv:1506.02438; in L_pi normalised to mean 0 and standard deviation 1
 
-Beyond the paper, by arXiv:2006.05990: normalised observations and value targets, small first actions, advantages computed
-anew for each pass over the batch, learning rates that fall to 0.
+Beyond the paper, after arXiv:2006.05990: normalised observations and value targets, small initial means of the actions,
+advantages computed anew for each pass over the batch, learning rates that fall to 0.
 
     python ppo.py --env-id Walker2d-v4
     mpirun -n 4 python ppo.py --env-id Walker2d-v4
@@ -23,26 +23,26 @@ from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 
 from utils import mpi
-from utils.logger import Logger, RunArgs, check, check_finite, make_env, use_processor
+from utils.logger import Logger, RunArgs, check, check_finite, configure_torch, make_env
 
 
 @dataclass
 class Args(RunArgs):
     env_id: str = "HalfCheetah-v4"  # a Gymnasium environment with flat observations
-    seed: int = 0  # seed of the networks, environments and actions
+    seed: int = 0  # seed of the networks, environments, actions and minibatches
     total_steps: int = 1_000_000  # environment steps in all, rounded up to whole epochs
     steps_per_epoch: int = 2000  # environment steps in a batch
     num_envs: int = 8  # environments, stepped one after the other
     max_ep_len: int | None = None  # steps until an episode is truncated; default: the environment's own limit
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers, of the actor and of the critic
     activation: Literal["tanh", "relu", "elu"] = "tanh"  # activation of the hidden layers
-    init_log_std: float | None = -0.75  # initial log standard deviation, actions from -1 to 1; None: -log sqrt(act_dim)
+    init_log_std: float | None = -0.75  # initial log standard deviation, where bounds are -1 and 1; None: -log sqrt(act_dim)
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     gamma: float = 0.99  # discount
     lam: float = 0.95  # lambda of GAE
     pi_lr: float = 6e-4  # learning rate of the actor, falls linearly to 0
     vf_lr: float = 6e-4  # learning rate of the critic, falls linearly to 0
-    clip_ratio: float = 0.2  # eps: how far from 1 the ratio may go and still gain
+    clip_ratio: float = 0.2  # eps: a ratio further than this from 1 gains nothing more
     train_iters: int = 10  # passes over a batch
     minibatch_size: int = 200  # transitions in a gradient step, at most: the batch is split evenly
     target_kl: float = 0.1  # a safeguard: a pass that ends with KL(pi_old | pi) above 1.5 times this is the last one
@@ -56,15 +56,16 @@ class Batch(NamedTuple):
     logp: torch.Tensor  # log pi_old(act|obs), of the policy that acted
     rew: torch.Tensor
     next_obs: torch.Tensor  # normalised; the real final observation where an episode ends
-    terminated: torch.Tensor  # 1 where the return ends
+    terminated: torch.Tensor  # 1 where next_obs is terminal, 0 where the episode is only truncated
     done: torch.Tensor  # 1 where the episode ends: terminated or truncated
 
 
 class Buffer:
     """Steps N environments and stores T steps of each, as arrays of shape (T, N, ...).
 
-    Their first episodes are truncated after 1/N, 2/N, ... N/N of the step limit. If all ended together, a batch shorter than
-    an episode would hold the same part of each, and the policy would learn for one part at a time."""
+    The first episodes of all M environments, those of all ranks, are truncated after 1/M, 2/M, ... M/M of the step limit. If
+    all ended together, a batch shorter than an episode would hold the same part of each, and the policy would learn for one
+    part at a time."""
 
     def __init__(self, envs, num_steps, seeds):
         shape, obs_space, act_space = (num_steps, len(envs)), envs[0].observation_space, envs[0].action_space
@@ -103,7 +104,7 @@ class Buffer:
 
     @torch.no_grad()
     def batch(self, ac):
-        """What `collect` has stored, as a Batch; good until the next `collect`, whose arrays it may share."""
+        """What `collect` has stored, as a Batch, which the next `collect` may overwrite."""
         arrays = (self.act, self.rew, self.terminated, self.done)
         act, rew, terminated, done = (torch.as_tensor(array, device=ac.device) for array in arrays)
         obs, next_obs = ac.normalise(self.obs), ac.normalise(self.next_obs)
@@ -121,7 +122,7 @@ class RunningStats(nn.Module):
 
     @torch.no_grad()
     def update(self, x):
-        """Take in x of shape (T, N, *shape). Chan et al. 1983, eq. 2.1."""
+        """Take in x of shape (T, N, *shape). Chan, Golub, LeVeque 1979, STAN-CS-79-773."""
         n = x.shape[0] * x.shape[1] * mpi.size()
         mean = mpi.average(x.mean((0, 1)))
         var = mpi.average((x - mean).square().mean((0, 1)))
@@ -150,7 +151,7 @@ def mlp(sizes, activation, out_gain):
 
 
 class Actor(nn.Module):
-    """pi(act|obs): a Categorical over Discrete actions; over a Box, a Gaussian of one standard deviation for all obs."""
+    """pi(act|obs): a Categorical over Discrete actions; over a Box, a Gaussian whose standard deviations do not depend on obs."""
 
     def __init__(self, obs_dim, act_space, hidden_sizes, activation, init_log_std):
         super().__init__()
@@ -158,9 +159,9 @@ class Actor(nn.Module):
         act_dim = int(act_space.n) if self.discrete else act_space.shape[0]
         self.net = mlp([obs_dim, *hidden_sizes, act_dim], activation, out_gain=0.01)
         if not self.discrete:
-            if init_log_std is None:  # noise of expected squared length 1, however many actions there are
+            if init_log_std is None:  # noise of expected squared norm 1, whatever act_dim is
                 init_log_std = -math.log(act_dim) / 2
-            self.log_std = nn.Parameter(torch.full((act_dim,), init_log_std))
+            self.log_std = nn.Parameter(torch.full((act_dim,), float(init_log_std)))
 
     def forward(self, obs):
         """obs (..., obs_dim) -> a distribution whose log_prob and entropy are (...)"""
@@ -242,7 +243,7 @@ def gae(rew, val, next_val, terminated, done, gamma, lam):  # all (T, N)
 def advantages(ac, batch, args):
     """GAE with the current critic: advantages, normalised over all ranks, and returns, in units of the reward; all (T, N)."""
     val = ac.ret_stats.denormalise(ac.v(batch.obs))
-    next_val, ends = val.roll(-1, 0), batch.done.bool()  # V(next_obs_t) is V(obs_{t+1}), but where an episode or the batch ends
+    next_val, ends = val.roll(-1, 0), batch.done.bool()  # V(next_obs_t) is V(obs_{t+1}) unless an episode or the batch ends
     ends[-1] = True
     next_val[ends] = ac.ret_stats.denormalise(ac.v(batch.next_obs[ends]))
     adv = gae(batch.rew, val, next_val, batch.terminated, batch.done, args.gamma, args.lam)
@@ -251,18 +252,19 @@ def advantages(ac, batch, args):
     return adv / (mpi.average(adv.square().mean()).sqrt() + 1e-8), ret
 
 
-def policy_loss(logp, logp_old, adv, clip_ratio):  # all (B,)
+def policy_loss(logp, logp_old, adv, clip_ratio):  # of one shape
     """-mean min(ratio adv, clip(ratio, 1 - eps, 1 + eps) adv),  ratio = pi(act|obs) / pi_old(act|obs)"""
     ratio = torch.exp(logp - logp_old)
     return -torch.min(ratio * adv, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * adv).mean()
 
 
-def value_loss(val, ret):  # both (B,), normalised
+def value_loss(val, ret):  # of one shape, normalised
     """mean (V(obs) - ret)^2"""
+    assert val.shape == ret.shape  # (B,) minus (B, 1) would silently be (B, B)
     return (val - ret).square().mean()
 
 
-def approx_kl(logp, logp_old):  # both (B,)
+def approx_kl(logp, logp_old):  # of one shape
     """KL(pi_old | pi) estimated on actions of pi_old: mean (ratio - 1 - log ratio), no term of which is negative"""
     log_ratio = logp - logp_old
     return (torch.exp(log_ratio) - 1 - log_ratio).mean()
@@ -277,7 +279,7 @@ def minibatches(size, *tensors):
 
 @torch.no_grad()
 def diagnose(ac, batch, args):
-    """What to log after an update: statistics of the whole batch."""
+    """What to log after an update: statistics of the whole batch, with the advantages and returns of the new critic."""
     pi, val, (adv, ret) = ac.pi(batch.obs), ac.v(batch.obs), advantages(ac, batch, args)
     logp = pi.log_prob(batch.act)
     return dict(
@@ -294,8 +296,8 @@ def update(ac, optimizer, batch, args):
     """Pass over the batch several times in minibatch steps. Returns what to log."""
     adv, ret = advantages(ac, batch, args)
     ac.ret_stats.update(ret)
-    for i in range(1, args.train_iters + 1):
-        if i > 1:
+    for i in range(args.train_iters):
+        if i > 0:
             adv, ret = advantages(ac, batch, args)  # anew for each pass, as the critic has changed
         data = (batch.obs, batch.act, batch.logp, adv, ac.ret_stats.normalise(ret))
         for obs, act, logp_old, mb_adv, mb_ret in minibatches(args.minibatch_size // mpi.size(), *data):
@@ -309,13 +311,14 @@ def update(ac, optimizer, batch, args):
             kl = mpi.average(approx_kl(ac.pi(batch.obs).log_prob(batch.act), batch.logp))
         if kl > 1.5 * args.target_kl:
             break
-    return dict(**diagnose(ac, batch, args), StopIter=i)
+    return dict(**diagnose(ac, batch, args), StopIter=i + 1)
 
 
 def train(args):
     """Train as `args` (an Args) says and return the ActorCritic. Raises RunError for what cannot work."""
+    # the sizes named here have to be multiples of these numbers
     check(args, (Box, Discrete), num_envs=mpi.size(), steps_per_epoch=args.num_envs, minibatch_size=mpi.size())
-    use_processor(args)
+    configure_torch(args)
     seeds = mpi.seed_everything(args.seed)
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(args.num_envs // mpi.size())]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
@@ -326,7 +329,7 @@ def train(args):
     buffer = Buffer(envs, args.steps_per_epoch // args.num_envs, seeds)
 
     with Logger(args, __file__) as logger:
-        for epoch in logger.epochs(epochs, ac=ac, optimizer=optimizer, buffer=buffer):
+        for epoch in logger.epochs(epochs, ac=ac, optimizer=optimizer, buffer=buffer):  # all that --resume restores
             for group, lr in zip(optimizer.param_groups, (args.pi_lr, args.vf_lr), strict=True):
                 group["lr"] = lr * (1 - epoch / epochs)
             ep_rets, ep_lens = buffer.collect(ac)

@@ -1,11 +1,13 @@
 """Soft Actor-Critic (SAC). Haarnoja et al. 2018, arXiv:1801.01290 and, without the value network, arXiv:1812.05905.
 
-    target  = rew + gamma (1 - terminated) (min_i q_i_targ(next_obs, next_act) - alpha log pi(next_act|next_obs))
+    target  = rew + gamma (1 - terminated) (min_i q_i_targ(next_obs, next_act) - alpha log pi(next_act|next_obs)),
+              next_act ~ pi(.|next_obs)
     L_q     = sum_i mean (q_i(obs, act) - target)^2
-    L_pi    = mean (alpha log pi(a|obs) - min_i q_i(obs, a)),   a = tanh(mu(obs) + std(obs) noise),   noise ~ N(0, 1)
+    L_pi    = mean (alpha log pi(a|obs) - min_i q_i(obs, a)),   a = tanh(mu(obs) + std(obs) noise),   noise ~ N(0, 1),
+              after which the target critics q_i_targ follow by Polyak averaging
     L_alpha = -mean log(alpha) (log pi(a|obs) - act_dim),   with --autotune: entropy is held at -act_dim
 
-Here -1 and 1 stand for the bounds of each dimension of the action: policy, critics and entropy belong to that box.
+Actions are scaled so that each dimension's bounds are -1 and 1: policy, critics and entropy are in these units.
 
     python sac.py --env-id Walker2d-v4
     mpirun -n 2 python sac.py --env-id Walker2d-v4
@@ -24,7 +26,7 @@ from torch import nn
 from torch.nn.functional import softplus
 
 from utils import mpi
-from utils.logger import Logger, RunArgs, check, check_finite, make_env, use_processor
+from utils.logger import Logger, RunArgs, check, check_finite, configure_torch, make_env
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Args(RunArgs):
     update_after: int = 1000  # steps before the first update
     update_every: int = 50  # steps between two blocks of updates; a block has as many updates as there were steps
     alpha: float = 0.2  # entropy coefficient
-    autotune: bool = False  # learn alpha, which then starts at the one given, with the actor's learning rate
+    autotune: bool = False  # learn alpha, from --alpha on, with the actor's learning rate
 
 
 class Batch(NamedTuple):
@@ -58,7 +60,7 @@ class Batch(NamedTuple):
     act: torch.Tensor  # within -1 and 1
     rew: torch.Tensor
     next_obs: torch.Tensor  # the real final observation where an episode ends
-    terminated: torch.Tensor  # 1 where the return ends, and so 0 where the episode is only truncated
+    terminated: torch.Tensor  # 1 where next_obs is terminal, 0 where the episode is only truncated
 
 
 class ReplayBuffer:
@@ -73,7 +75,7 @@ class ReplayBuffer:
         self.ep_ret, self.ep_len = np.zeros(len(envs)), np.zeros(len(envs), int)
 
     def collect(self, ac, num_steps, start_steps):
-        """Act for `num_steps` in each environment, uniformly at random until all ranks together have taken `start_steps`.
+        """Act for `num_steps` steps in each environment, uniformly at random until all ranks together have taken `start_steps`.
 
         Returns the returns and the lengths of the episodes that ended."""
         ep_rets, ep_lens = [], []
@@ -177,7 +179,7 @@ class ActorCritic(nn.Module):
 def squashed_gaussian(mu, log_std, noise):  # all (B, act_dim)
     """a = tanh(u), u = mu + std noise, noise ~ N(0, 1) -> a (B, act_dim) and log pi(a) (B,) = log N(u) - sum log(1 - a^2)
 
-    arXiv:1812.05905, appendix C, where log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)) stays finite for every u.
+    arXiv:1812.05905, appendix C. As 2 (log 2 - u - softplus(-2u)), log(1 - tanh(u)^2) is finite for every u.
     """
     u = mu + log_std.exp() * noise
     log_normal = -noise.square() / 2 - log_std - math.log(2 * math.pi) / 2
@@ -203,7 +205,7 @@ def policy_loss(q1, q2, logp, alpha):  # all (B,)
 def alpha_loss(log_alpha, logp, act_dim):  # (), (B,)
     """-mean log(alpha) (log pi(a|obs) - act_dim): alpha grows while the entropy -mean log pi is below -act_dim.
 
-    As in the authors' code; arXiv:1812.05905, eq. 18, has alpha in the place of log(alpha), which keeps the sign.
+    As in the authors' code; arXiv:1812.05905, eq. 18, has alpha for log(alpha): a gradient of the same sign.
     """
     return -(log_alpha * (logp - act_dim)).mean()
 
@@ -266,8 +268,9 @@ def train(args):
     """Train as `args` (an Args) says and return the ActorCritic. Raises RunError for what cannot work."""
     ranks = mpi.size()
     num_envs = max(args.num_envs, ranks)  # one for each rank at least
+    # the sizes named here have to be multiples of these numbers
     check(args, (Box,), num_envs=min(args.num_envs, ranks), steps_per_epoch=num_envs, batch_size=ranks, replay_size=ranks)
-    use_processor(args)
+    configure_torch(args)
     seeds = mpi.seed_everything(args.seed)
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(num_envs // ranks)]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
@@ -284,15 +287,15 @@ def train(args):
 
     state = dict(ac=ac, q_targ=q_targ, pi_optimizer=pi_optimizer, q_optimizer=q_optimizer, alpha_optimizer=alpha_optimizer)
     with Logger(args, __file__) as logger:
-        for epoch in logger.epochs(epochs, **state, buffer=buffer, test_env=test_env):
+        for epoch in logger.epochs(epochs, **state, buffer=buffer, test_env=test_env):  # all that --resume restores
             epoch_end = (epoch + 1) * args.steps_per_epoch
             while buffer.steps < epoch_end:
-                num_steps = min(block, epoch_end - buffer.steps)
-                ep_rets, ep_lens = buffer.collect(ac, num_steps // num_envs, args.start_steps)
+                block_steps = min(block, epoch_end - buffer.steps)
+                ep_rets, ep_lens = buffer.collect(ac, block_steps // num_envs, args.start_steps)
                 # blank until the first update
                 metrics = dict.fromkeys(["Q1Vals", "Q2Vals", "LossQ", "LossPi", "LogPi", "Alpha"], [])
                 if buffer.steps >= args.update_after:
-                    for _ in range(num_steps):
+                    for _ in range(block_steps):
                         batch = buffer.sample(args.batch_size // ranks, ac.device)
                         metrics |= update(ac, q_targ, pi_optimizer, q_optimizer, alpha_optimizer, batch, args)
                 logger.store(EpRet=ep_rets, EpLen=ep_lens, **metrics)  # metrics of the block's last update

@@ -1,11 +1,11 @@
 """Twin Delayed Deep Deterministic policy gradient (TD3). Fujimoto, van Hoof, Meger 2018, arXiv:1802.09477.
 
-    next_act = clip(pi_targ(next_obs) + clip(noise, -c, c), -1, 1),   noise ~ N(0, target_noise)
+    next_act = clip(pi_targ(next_obs) + clip(noise, -c, c), -1, 1),   noise ~ N(0, target_noise^2)
     target   = rew + gamma (1 - terminated) min_i q_i_targ(next_obs, next_act)
     L_q      = sum_i mean (q_i(obs, act) - target)^2
     L_pi     = -mean q1(obs, pi(obs)),   every policy_delay updates, after which the targets follow by Polyak averaging
 
-Here -1 and 1 stand for the bounds of each dimension of the action: policy, critics and noise live in that box.
+Actions are scaled so that each dimension's bounds are -1 and 1: policy, critics and noise are in these units.
 
     python td3.py --env-id Walker2d-v4
     mpirun -n 2 python td3.py --env-id Walker2d-v4
@@ -23,7 +23,7 @@ from gymnasium.spaces import Box
 from torch import nn
 
 from utils import mpi
-from utils.logger import Logger, RunArgs, check, check_finite, make_env, use_processor
+from utils.logger import Logger, RunArgs, check, check_finite, configure_torch, make_env
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Batch(NamedTuple):
     act: torch.Tensor  # within -1 and 1
     rew: torch.Tensor
     next_obs: torch.Tensor  # the real final observation where an episode ends
-    terminated: torch.Tensor  # 1 where the return ends, and so 0 where the episode is only truncated
+    terminated: torch.Tensor  # 1 where next_obs is terminal, 0 where the episode is only truncated
 
 
 class ReplayBuffer:
@@ -74,7 +74,7 @@ class ReplayBuffer:
         self.ep_ret, self.ep_len = np.zeros(len(envs)), np.zeros(len(envs), int)
 
     def collect(self, ac, num_steps, start_steps):
-        """Act for `num_steps` in each environment, uniformly at random until all ranks together have taken `start_steps`.
+        """Act for `num_steps` steps in each environment, uniformly at random until all ranks together have taken `start_steps`.
 
         Returns the returns and the lengths of the episodes that ended."""
         ep_rets, ep_lens = [], []
@@ -174,7 +174,7 @@ class ActorCritic(nn.Module):
 
 
 def smooth(act, target_noise, noise_clip):  # (B, act_dim)
-    """clip(act + clip(noise, -c, c), -1, 1),  noise ~ N(0, target_noise)"""
+    """clip(act + clip(noise, -c, c), -1, 1),  noise ~ N(0, target_noise^2)"""
     noise = (target_noise * torch.randn_like(act)).clamp(-noise_clip, noise_clip)
     return (act + noise).clamp(-1, 1)
 
@@ -211,7 +211,7 @@ def gradient_step(optimizer, loss):
     optimizer.step()
 
 
-def update(ac, ac_targ, pi_optimizer, q_optimizer, batch, args, update_policy):
+def update(ac, ac_targ, pi_optimizer, q_optimizer, batch, args, policy_turn):
     """One step of the critics and, if it is the policy's turn, of the actor and the targets. Returns what to log."""
     with torch.no_grad():
         next_act = smooth(ac_targ.pi(batch.next_obs), args.target_noise, args.noise_clip)
@@ -222,7 +222,7 @@ def update(ac, ac_targ, pi_optimizer, q_optimizer, batch, args, update_policy):
     gradient_step(q_optimizer, loss_q)
     metrics = dict(Q1Vals=q1.tolist(), Q2Vals=q2.tolist(), LossQ=[loss_q.item()])
 
-    if update_policy:
+    if policy_turn:
         loss_pi = policy_loss(ac.q[0](batch.obs, ac.pi(batch.obs)))
         gradient_step(pi_optimizer, loss_pi)
         polyak_average(ac, ac_targ, args.polyak)
@@ -249,8 +249,9 @@ def train(args):
     """Train as `args` (an Args) says and return the ActorCritic. Raises RunError for what cannot work."""
     ranks = mpi.size()
     num_envs = max(args.num_envs, ranks)  # one for each rank at least
+    # the sizes named here have to be multiples of these numbers
     check(args, (Box,), num_envs=min(args.num_envs, ranks), steps_per_epoch=num_envs, batch_size=ranks, replay_size=ranks)
-    use_processor(args)
+    configure_torch(args)
     seeds = mpi.seed_everything(args.seed)
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(num_envs // ranks)]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
@@ -266,14 +267,14 @@ def train(args):
 
     state = dict(ac=ac, ac_targ=ac_targ, pi_optimizer=pi_optimizer, q_optimizer=q_optimizer)
     with Logger(args, __file__) as logger:
-        for epoch in logger.epochs(epochs, **state, buffer=buffer, test_env=test_env):
+        for epoch in logger.epochs(epochs, **state, buffer=buffer, test_env=test_env):  # all that --resume restores
             epoch_end = (epoch + 1) * args.steps_per_epoch
             while buffer.steps < epoch_end:
-                num_steps = min(block, epoch_end - buffer.steps)
-                ep_rets, ep_lens = buffer.collect(ac, num_steps // num_envs, args.start_steps)
+                block_steps = min(block, epoch_end - buffer.steps)
+                ep_rets, ep_lens = buffer.collect(ac, block_steps // num_envs, args.start_steps)
                 metrics = dict.fromkeys(["Q1Vals", "Q2Vals", "LossQ", "LossPi"], [])  # blank until the first update
                 if buffer.steps >= args.update_after:
-                    for step in range(buffer.steps - num_steps + 1, buffer.steps + 1):
+                    for step in range(buffer.steps - block_steps + 1, buffer.steps + 1):
                         batch = buffer.sample(args.batch_size // ranks, ac.device)
                         metrics |= update(ac, ac_targ, pi_optimizer, q_optimizer, batch, args, step % args.policy_delay == 0)
                 logger.store(EpRet=ep_rets, EpLen=ep_lens, **metrics)  # metrics of the block's last update

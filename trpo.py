@@ -1,13 +1,14 @@
 """Trust Region Policy Optimization (TRPO). Schulman et al. 2015, arXiv:1502.05477.
 
-    maximise -L_pi subject to KL(pi_old | pi) <= delta:
-    theta <- theta + c^j sqrt(2 delta / x^T H x) x,   x = H^-1 g,   H = damped Hessian of that KL,   g = gradient of -L_pi
+    minimise L_pi subject to KL(pi_old | pi) <= delta:
+    theta <- theta + c^j sqrt(2 delta / x^T H x) x,   x = H^-1 g,   g = gradient of -L_pi
+    H    =  Hessian of that KL + damping_coeff I
     L_pi = -mean ratio adv,   ratio = pi(act|obs) / pi_old(act|obs)
     L_v  =  mean (V(obs) - ret)^2,   ret = adv + V(obs) of the critic before the pass over the batch
     adv  =  generalized advantage estimates (GAE), arXiv:1506.02438; in L_pi normalised to mean 0 and standard deviation 1
 
-Beyond the paper, by arXiv:2006.05990: normalised observations and value targets, small first actions, advantages computed
-anew for each pass over the batch, learning rates that fall to 0.
+Beyond the paper, after arXiv:2006.05990: normalised observations and value targets, small initial means of the actions,
+advantages computed anew for each pass over the batch, a learning rate that falls to 0.
 
     python trpo.py --env-id Walker2d-v4
     mpirun -n 4 python trpo.py --env-id Walker2d-v4
@@ -26,29 +27,29 @@ from torch.distributions import Categorical, Independent, Normal, kl_divergence
 from torch.nn.utils import parameters_to_vector
 
 from utils import mpi
-from utils.logger import Logger, RunArgs, check, check_finite, make_env, use_processor
+from utils.logger import Logger, RunArgs, check, check_finite, configure_torch, make_env
 
 
 @dataclass
 class Args(RunArgs):
     env_id: str = "HalfCheetah-v4"  # a Gymnasium environment with flat observations
-    seed: int = 0  # seed of the networks, environments and actions
+    seed: int = 0  # seed of the networks, environments, actions and minibatches
     total_steps: int = 1_000_000  # environment steps in all, rounded up to whole epochs
     steps_per_epoch: int = 2000  # environment steps in a batch
     num_envs: int = 8  # environments, stepped one after the other
     max_ep_len: int | None = None  # steps until an episode is truncated; default: the environment's own limit
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers, of the actor and of the critic
     activation: Literal["tanh", "relu", "elu"] = "tanh"  # activation of the hidden layers
-    init_log_std: float | None = None  # initial log standard deviation, actions from -1 to 1; None: -log sqrt(act_dim)
+    init_log_std: float | None = None  # initial log standard deviation, where bounds are -1 and 1; None: -log sqrt(act_dim)
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     gamma: float = 0.99  # discount
     lam: float = 0.95  # lambda of GAE
     vf_lr: float = 3e-4  # learning rate of the critic, falls linearly to 0
     train_v_iters: int = 10  # passes of the critic over a batch; the actor takes one step on all of it
     minibatch_size: int = 100  # transitions in a gradient step of the critic, at most: the batch is split evenly
-    algo: Literal["trpo", "npg"] = "trpo"  # npg, the natural policy gradient: the first step without the line search
+    algo: Literal["trpo", "npg"] = "trpo"  # npg, natural policy gradient: the full step, without the line search
     delta: float = 0.02  # largest KL(pi_old | pi) of a step; npg, without its line search, only aims at it
-    damping_coeff: float = 0.1  # this much of the identity is added to H
+    damping_coeff: float = 0.1  # multiple of the identity in H
     cg_iters: int = 10  # iterations of conjugate gradient
     backtrack_iters: int = 10  # steps that the line search tries
     backtrack_coeff: float = 0.8  # c: length of each, relative to the one before
@@ -62,15 +63,16 @@ class Batch(NamedTuple):
     logp: torch.Tensor  # log pi_old(act|obs), of the policy that acted
     rew: torch.Tensor
     next_obs: torch.Tensor  # normalised; the real final observation where an episode ends
-    terminated: torch.Tensor  # 1 where the return ends
+    terminated: torch.Tensor  # 1 where next_obs is terminal, 0 where the episode is only truncated
     done: torch.Tensor  # 1 where the episode ends: terminated or truncated
 
 
 class Buffer:
     """Steps N environments and stores T steps of each, as arrays of shape (T, N, ...).
 
-    Their first episodes are truncated after 1/N, 2/N, ... N/N of the step limit. If all ended together, a batch shorter than
-    an episode would hold the same part of each, and the policy would learn for one part at a time."""
+    The first episodes of all M environments, those of all ranks, are truncated after 1/M, 2/M, ... M/M of the step limit. If
+    all ended together, a batch shorter than an episode would hold the same part of each, and the policy would learn for one
+    part at a time."""
 
     def __init__(self, envs, num_steps, seeds):
         shape, obs_space, act_space = (num_steps, len(envs)), envs[0].observation_space, envs[0].action_space
@@ -109,7 +111,7 @@ class Buffer:
 
     @torch.no_grad()
     def batch(self, ac):
-        """What `collect` has stored, as a Batch; good until the next `collect`, whose arrays it may share."""
+        """What `collect` has stored, as a Batch, which the next `collect` may overwrite."""
         arrays = (self.act, self.rew, self.terminated, self.done)
         act, rew, terminated, done = (torch.as_tensor(array, device=ac.device) for array in arrays)
         obs, next_obs = ac.normalise(self.obs), ac.normalise(self.next_obs)
@@ -127,7 +129,7 @@ class RunningStats(nn.Module):
 
     @torch.no_grad()
     def update(self, x):
-        """Take in x of shape (T, N, *shape). Chan et al. 1983, eq. 2.1."""
+        """Take in x of shape (T, N, *shape). Chan, Golub, LeVeque 1979, STAN-CS-79-773."""
         n = x.shape[0] * x.shape[1] * mpi.size()
         mean = mpi.average(x.mean((0, 1)))
         var = mpi.average((x - mean).square().mean((0, 1)))
@@ -156,7 +158,7 @@ def mlp(sizes, activation, out_gain):
 
 
 class Actor(nn.Module):
-    """pi(act|obs): a Categorical over Discrete actions; over a Box, a Gaussian of one standard deviation for all obs."""
+    """pi(act|obs): a Categorical over Discrete actions; over a Box, a Gaussian whose standard deviations do not depend on obs."""
 
     def __init__(self, obs_dim, act_space, hidden_sizes, activation, init_log_std):
         super().__init__()
@@ -164,9 +166,9 @@ class Actor(nn.Module):
         act_dim = int(act_space.n) if self.discrete else act_space.shape[0]
         self.net = mlp([obs_dim, *hidden_sizes, act_dim], activation, out_gain=0.01)
         if not self.discrete:
-            if init_log_std is None:  # noise of expected squared length 1, however many actions there are
+            if init_log_std is None:  # noise of expected squared norm 1, whatever act_dim is
                 init_log_std = -math.log(act_dim) / 2
-            self.log_std = nn.Parameter(torch.full((act_dim,), init_log_std))
+            self.log_std = nn.Parameter(torch.full((act_dim,), float(init_log_std)))
 
     def forward(self, obs):
         """obs (..., obs_dim) -> a distribution whose log_prob and entropy are (...)"""
@@ -248,7 +250,7 @@ def gae(rew, val, next_val, terminated, done, gamma, lam):  # all (T, N)
 def advantages(ac, batch, args):
     """GAE with the current critic: advantages, normalised over all ranks, and returns, in units of the reward; all (T, N)."""
     val = ac.ret_stats.denormalise(ac.v(batch.obs))
-    next_val, ends = val.roll(-1, 0), batch.done.bool()  # V(next_obs_t) is V(obs_{t+1}), but where an episode or the batch ends
+    next_val, ends = val.roll(-1, 0), batch.done.bool()  # V(next_obs_t) is V(obs_{t+1}) unless an episode or the batch ends
     ends[-1] = True
     next_val[ends] = ac.ret_stats.denormalise(ac.v(batch.next_obs[ends]))
     adv = gae(batch.rew, val, next_val, batch.terminated, batch.done, args.gamma, args.lam)
@@ -257,31 +259,32 @@ def advantages(ac, batch, args):
     return adv / (mpi.average(adv.square().mean()).sqrt() + 1e-8), ret
 
 
-def policy_loss(logp, logp_old, adv):  # all (B,)
+def policy_loss(logp, logp_old, adv):  # of one shape
     """-mean ratio adv,  ratio = pi(act|obs) / pi_old(act|obs)"""
     return -(torch.exp(logp - logp_old) * adv).mean()
 
 
-def value_loss(val, ret):  # both (B,), normalised
+def value_loss(val, ret):  # of one shape, normalised
     """mean (V(obs) - ret)^2"""
+    assert val.shape == ret.shape  # (B,) minus (B, 1) would silently be (B, B)
     return (val - ret).square().mean()
 
 
 def flat_grad(output, params, **options):
-    """The gradient of a scalar by all parameters, as one vector (P,)."""
+    """The gradient of a scalar with respect to all of `params`, as one vector (P,)."""
     return torch.cat([grad.flatten() for grad in torch.autograd.grad(output, params, **options)])
 
 
 @torch.no_grad()
 def assign(params, vector):
-    """Copy the vector (P,) into the parameters. In place: `vector_to_parameters` would move them in memory, where a resumed
-    run would not find them, and the last bits of a product depend on that."""
+    """Copy the vector (P,) into the parameters, in place: `vector_to_parameters` would change how they are aligned in memory,
+    and with it the last bits of their products, so that a resumed run would differ."""
     for p, x in zip(params, vector.split([p.numel() for p in params]), strict=True):
         p.copy_(x.view_as(p))
 
 
 def fisher_vector_product(kl, params, damping_coeff):
-    """The function v -> (H + damping_coeff I) v for vectors (P,), where H (P, P) is the Hessian of kl and never built."""
+    """The function v -> H v for vectors (P,); H = Hessian of kl + damping_coeff I, (P, P), is never built."""
     kl_grad = flat_grad(kl, params, create_graph=True)
     return lambda v: mpi.average(flat_grad(kl_grad @ v, params, retain_graph=True)) + damping_coeff * v
 
@@ -311,7 +314,7 @@ def minibatches(size, *tensors):
 
 @torch.no_grad()
 def diagnose(ac, batch, args):
-    """What to log after an update: statistics of the whole batch."""
+    """What to log after an update: statistics of the whole batch, with the advantages and returns of the new critic."""
     pi, val, (adv, ret) = ac.pi(batch.obs), ac.v(batch.obs), advantages(ac, batch, args)
     logp = pi.log_prob(batch.act)
     return dict(
@@ -323,8 +326,8 @@ def diagnose(ac, batch, args):
 
 
 def update_policy(ac, batch, adv, args):
-    """One step of KL(pi_old | pi) <= delta, for npg only nearly. Returns the KL and how often the line search shortened the step;
-    backtrack_iters times means that none was taken."""
+    """One step with KL(pi_old | pi) <= delta, with npg about delta. Returns the KL and how often the line search shortened the
+    step; backtrack_iters times means that none was taken."""
     params = list(ac.pi.parameters())
     with torch.no_grad():
         pi_old = ac.pi(batch.obs)
@@ -368,8 +371,9 @@ def update(ac, optimizer, batch, args):
 
 def train(args):
     """Train as `args` (an Args) says and return the ActorCritic. Raises RunError for what cannot work."""
+    # the sizes named here have to be multiples of these numbers
     check(args, (Box, Discrete), num_envs=mpi.size(), steps_per_epoch=args.num_envs, minibatch_size=mpi.size())
-    use_processor(args)
+    configure_torch(args)
     seeds = mpi.seed_everything(args.seed)
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(args.num_envs // mpi.size())]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
@@ -379,7 +383,7 @@ def train(args):
     buffer = Buffer(envs, args.steps_per_epoch // args.num_envs, seeds)
 
     with Logger(args, __file__) as logger:
-        for epoch in logger.epochs(epochs, ac=ac, optimizer=optimizer, buffer=buffer):
+        for epoch in logger.epochs(epochs, ac=ac, optimizer=optimizer, buffer=buffer):  # all that --resume restores
             for group in optimizer.param_groups:
                 group["lr"] = args.vf_lr * (1 - epoch / epochs)
             ep_rets, ep_lens = buffer.collect(ac)

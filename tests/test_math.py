@@ -161,6 +161,8 @@ def test_gaussian_entropy(script):
     assert entropy.shape == (5, 1)
     log_std = args.init_log_std if args.init_log_std is not None else math.log(1 / math.sqrt(2))
     assert torch.allclose(entropy, torch.tensor(2 * (log_std + 0.5 * math.log(2 * math.pi * math.e))))
+    _, whole, _ = make(script, "Count-v0", 1, 5, init_log_std=-1)  # a whole number, as Python allows
+    assert whole.pi.log_std.tolist() == [-1.0, -1.0]
 
 
 def test_running_stats_are_those_of_all_the_data(script):
@@ -203,6 +205,8 @@ def test_approx_kl_is_the_kl_divergence(script):
 
 def test_value_loss(script):
     assert script.value_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])).item() == pytest.approx(2.5)
+    with pytest.raises(AssertionError):
+        script.value_loss(torch.zeros(2, 1), torch.zeros(2))
 
 
 def test_critic_fits_normalised_returns_which_are_anew_for_each_pass(script, monkeypatch):

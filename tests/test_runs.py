@@ -425,7 +425,7 @@ def test_fast_matmul_is_float32(tmp_path, monkeypatch):
     rounded = lambda x, y: matmul(x.bfloat16(), y.bfloat16()).to(x.dtype) if x.dtype == torch.float32 else matmul(x, y)  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
     with pytest.raises(RunError, match="--fast-matmul"):
-        logger.use_processor(args)
+        logger.configure_torch(args)
     torch.set_float32_matmul_precision("highest")
 
 
@@ -444,7 +444,7 @@ def test_tiny_numbers_are_flushed():
 
     torch.set_flush_denormal(False)
     assert ((average_of_dead_unit() > 0) & (average_of_dead_unit() < 1e-38)).all()
-    logger.use_processor(logger.RunArgs())
+    logger.configure_torch(logger.RunArgs())
     assert (average_of_dead_unit() == 0).all()
 
 

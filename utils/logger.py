@@ -207,7 +207,7 @@ def check_finite(step, **arrays):
             raise RunError(f"{name} is not finite at step {step:,}")
 
 
-def use_processor(args):
+def configure_torch(args):
     """Give torch its threads, its way with tiny numbers and, with `fast_matmul`, its way to multiply matrices.
 
     Raises RunError where that way would round to bfloat16, as it does on processors with AMX.

@@ -70,9 +70,9 @@ def size():
 
 
 def average(x):
-    """The mean over the ranks of a number (as a float) or of a tensor (as a new tensor of the same shape)."""
+    """The mean over the ranks of a number (as a float) or of a tensor (as a tensor of the same shape, without gradient)."""
     if _comm is None:
-        return x
+        return x.detach() if torch.is_tensor(x) else x
     array = x.detach().cpu().contiguous().numpy() if torch.is_tensor(x) else np.float64(x)
     total = np.empty_like(array)
     _comm.Allreduce(array, total)
