@@ -6,10 +6,12 @@
     python -m benchmark.report                                                      # tables and figures
 
 Each finished run leaves its curve (<run>.csv) and its configuration (<run>.json) in --results, or for a study in
-benchmark/studies/<suite>. Trained policies of VPG, TRPO and PPO are tested like those of DDPG, TD3 and SAC are at the end of
-each epoch: without noise, for 10 episodes. Started again after an interruption, the benchmark goes on where it was: runs whose curve is
-there with the same arguments are left out, runs that are finished in --data-dir are kept, and unfinished ones are resumed
-from their checkpoint. A change of the code is not noticed: delete the curves that it could have changed, and their runs.
+benchmark/studies/<suite>. The trained policies of VPG, TRPO and PPO, whose files have no tests, are tested here as the other
+three files test theirs: 10 episodes without noise.
+
+Started again after an interruption, the benchmark goes on where it was: runs whose curve is there with the same arguments
+are left out, runs that are finished in --data-dir are kept, and unfinished ones are resumed from their checkpoint. A change
+of the code is not noticed: delete the curves that it could have changed, and their runs.
 With another --results and another --data-dir all of it is run anew. A run of DDPG, TD3 or SAC takes an hour or more of
 one core, the others minutes.
 """
@@ -113,7 +115,7 @@ def main(args):
     def keep(run):
         if run.returncode == 0:
             for finished in score.load(run.run_dir):
-                if "num_test_episodes" not in finished.config:  # on-policy
+                if not finished.config.get("num_test_episodes"):
                     test(finished, run.run_dir)
                 score.save(finished, folder, str(run))
 
