@@ -185,6 +185,23 @@ def test_what_does_not_divide_by_the_ranks_is_refused(script, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ranks_are_equal_where_all_hold_the_same_nan(tmp_path):
+    program = """
+import torch
+from utils import mpi
+layer = torch.nn.Linear(2, 2)
+layer.weight.data.fill_(float("nan"))
+mpi.broadcast(layer)
+mpi.check_equal(layer)
+print("equal", flush=True)
+layer.bias.data.fill_(mpi.rank())
+mpi.check_equal(layer)
+"""
+    (tmp_path / "program.py").write_text(program)
+    done = mpirun(tmp_path / "program.py", PYTHONPATH=str(ROOT), timeout=60)
+    assert done.stdout == "equal\nequal\n" and "the ranks' parameters differ" in done.stderr
+
+
 def test_exit_on_one_rank_ends_the_job(tmp_path):
     program = f"""
 import sys, ppo

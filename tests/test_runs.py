@@ -210,7 +210,7 @@ def test_help_explains_every_argument(script):
         (dict(vf_lr=-1.0), ["--vf-lr -1.0"]),
         (dict(hidden_sizes=(64, 0)), ["--hidden-sizes 64 0"]),
         (dict(seed=-1), ["--seed -1"]),
-        (dict(steps_per_epoch=201), ["--steps-per-epoch 201", "--num-envs 2", "200 or 202"]),
+        (dict(steps_per_epoch=201), ["--steps-per-epoch 201", "the number of environments, 2", "200 or 202"]),
         (dict(exp_name="../../x"), ["--exp-name", "../../x"]),
         (dict(exp_name=""), ["--exp-name"]),
         (dict(device="cuda:99"), ["--device cuda:99"]),
@@ -237,7 +237,17 @@ def test_action_space_that_no_script_handles(script, tmp_path, space):
     assert list(tmp_path.iterdir()) == []
 
 
-@ALL
+@pytest.mark.parametrize("error, message", [(ValueError(), "ValueError"), (ImportError("a\n  b"), "a b")])
+def test_environment_that_cannot_be_made(script, tmp_path, error, message):
+    def fail(**kwargs):
+        raise error
+
+    gym.envs.registration.registry.pop("Fail-v0", None)
+    gym.register("Fail-v0", fail)
+    with pytest.raises(RunError, match=f"^--env-id Fail-v0: {message}$"):
+        script.train(small(script, tmp_path, env_id="Fail-v0"))
+
+
 def test_command_line_error_is_one_line_without_traceback(script, tmp_path):
     done = run(sys.executable, ROOT / f"{script.__name__}.py", "--gamma", "1.5", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.strip() == "error: --gamma 1.5: has to be between 0 and 1"
@@ -462,6 +472,9 @@ def test_a_commit_is_dirty_if_python_files_differ_from_it(tmp_path):
     commit = run("git", "rev-parse", "HEAD", cwd=tmp_path).stdout.strip()
     curve.write_text("a run has ended")
     assert _provenance(script)["git_commit"] == commit and len(commit) == 40
+    (tmp_path / "copy.py").write_text("")
+    assert _provenance(tmp_path / "copy.py")["git_commit"] == commit + "-dirty"  # which lacks this script
+    (tmp_path / "copy.py").unlink()
     script.write_text("# changed")
     assert _provenance(script)["git_commit"] == commit + "-dirty"
     assert _provenance(curve)["git_commit"] == commit + "-dirty"  # from any folder of the repository

@@ -112,7 +112,7 @@ def check(args, action_spaces, **divisors):
         value = getattr(args, name)
         if value % divisor:
             nearest = [k * divisor for k in (value // divisor, value // divisor + 1) if k]
-            what = f"--num-envs {divisor}" if name == "steps_per_epoch" else f"the number of ranks, {divisor}"
+            what = f"the number of environments, {divisor}," if name == "steps_per_epoch" else f"the number of ranks, {divisor}"
             raise RunError(f"{_flag(name)} {value}: is not a multiple of {what}; try {' or '.join(map(str, nearest))}")
     if args.exp_name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+=,-]*", args.exp_name):
         raise RunError(
@@ -121,14 +121,14 @@ def check(args, action_spaces, **divisors):
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise RunError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+        raise RunError(f"--device {args.device}: {one_line(error)}") from None
     silence_environments()
     try:
         env = gym.make(args.env_id)
     except (gym.error.Error, ImportError, ValueError) as error:
         near = difflib.get_close_matches(args.env_id, gym.registry, n=3) if isinstance(error, gym.error.UnregisteredEnv) else []
         hint = f" Nearest names: {', '.join(near)}." if near else ""
-        raise RunError(f"--env-id {args.env_id}: {str(error).splitlines()[0]}{hint}") from None
+        raise RunError(f"--env-id {args.env_id}: {one_line(error)}{hint}") from None
     obs_space, act_space, limit = env.observation_space, env.action_space, env.spec.max_episode_steps
     env.close()
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
@@ -591,7 +591,7 @@ def _save(state, path):
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {str(error).splitlines()[0]}; the one before is left as it was") from error
+        raise RunError(f"cannot write {path}: {one_line(error)}; the one before is left as it was") from error
 
 
 def _pack(x):
@@ -650,8 +650,7 @@ def _make_run_dir(args, exp_name):
             path.mkdir(parents=True)
             return path
         except FileExistsError:
-            if not parent.is_dir():
-                raise RunError(f"--data-dir {args.data_dir}: {parent} is in the way: it is no directory") from None
+            continue
         except OSError as error:
             raise RunError(f"--data-dir {args.data_dir}: cannot make {path}: {error.strerror}") from None
     raise RunError(f"--data-dir {args.data_dir}: {parent} holds too many runs of seed {args.seed}")
@@ -665,7 +664,7 @@ def _provenance(script):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        commit = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno", "--", ":/*.py") else "")
+        commit = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ":/*.py") else "")
     except (OSError, subprocess.CalledProcessError):
         commit = None
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
@@ -684,7 +683,7 @@ def _start_wandb(args, config, run_dir):
     try:
         return wandb.init(**options)
     except wandb.errors.Error as error:
-        print(f"W&B cannot be reached ({str(error).splitlines()[0]}); tracking offline: `wandb sync` uploads it later")
+        print(f"W&B cannot be reached ({one_line(error)}); tracking offline: `wandb sync` uploads it later")
         return wandb.init(mode="offline", **options)
 
 

@@ -3,7 +3,7 @@
     mpirun -n 4 python ppo.py
 
 mpi4py is imported only under a launcher, so a plain `python ppo.py` needs no MPI at all.
-Every function but `rank` and `size` is collective: all ranks have to call it.
+`average`, `average_gradients`, `broadcast`, `check_equal`, `share` and `gather` are collective: all ranks have to call them.
 """
 
 import os
@@ -101,7 +101,7 @@ def check_equal(module):
     """Raise RunError unless all ranks hold the same parameters and buffers."""
     if _comm is None:
         return
-    digests = _comm.allgather([float(tensor.double().sum()) for tensor in module.state_dict().values()])
+    digests = _comm.allgather([float(tensor.double().sum()).hex() for tensor in module.state_dict().values()])
     if any(digest != digests[0] for digest in digests):
         raise RunError("the ranks' parameters differ: something that steers the training is not averaged over the ranks")
 
