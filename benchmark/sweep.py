@@ -52,7 +52,7 @@ MAY_DIFFER = ("exp_name", "data_dir", "resume")  # between two attempts at the s
 @dataclass
 class Args:
     scripts: Positional[tuple[str, ...]]  # algorithm files
-    workers: int | None = None  # runs at a time; default: as many as the machine has cores for
+    workers: int | None = None  # runs at a time; default: as many as there are cores for
     skip_done: bool = False  # leave out finished runs and resume those with a checkpoint
     print: bool = False  # print the commands, one per line, and run nothing
     mpi: int = 1  # processes of each run, which mpirun starts
@@ -403,7 +403,7 @@ def sweep(script, grid, **options):
     if args.print:
         print("\n".join(shlex.join(run.command) for run in runs if run.returncode is None))
     else:
-        execute(runs, args.workers or max(1, os.cpu_count() // args.mpi))
+        execute(runs, args.workers or max(1, available_cores() // args.mpi))
     return runs
 
 
@@ -417,6 +417,11 @@ def main(argv):
         again = argv if "--skip-done" in argv else [*argv, "--skip-done"]
         print(f"interrupted; to go on: {shlex.join(['python', '-m', 'benchmark.sweep', *again])}", flush=True)
         return 130
+
+
+def available_cores():
+    """Cores that this process may use: of a cluster's node those allotted to it, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def handle_signals():

@@ -158,6 +158,16 @@ def test_kept_curves(tmp_path):
     )
     assert [a.tolist() for a in curve(kept, "TotalEnvInteracts", "Performance")] == [[4000], [5.5]]
     assert len(load_runs([tmp_path / "ppo"])) == 1
+    (tmp_path / "ppo_X-v0_s0.json").write_text(json.dumps(dict(env_id="X-v0", seed=0, num_test_episodes=10)))
+    (tested,) = load_runs([tmp_path])
+    assert column(tested, "Performance") == "AverageTestEpRet"  # as that of its run directory
+    assert [a.tolist() for a in curve(tested, "TotalEnvInteracts", "AverageTestEpRet")] == [[4000], [5.5]]
+
+
+def test_a_setting_of_a_sweep_has_one_name_in_all_environments(tmp_path):
+    for env_id in "X-v0", "X-v0b":
+        write(tmp_path / f"{env_id}_s0", [1], exp_name=f"ppo_{env_id}_cli0-1", env_id=env_id)
+    assert [run.name for run in load_runs([tmp_path])] == ["ppo_cli0-1"] * 2
 
 
 HEADER = "Epoch\tAverageEpRet\tTotalEnvInteracts\n"

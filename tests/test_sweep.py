@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, rows
+from conftest import ROOT, rows, run
 
 from benchmark import sweep as module
 from benchmark.sweep import Args, main, parse, plan, sweep
@@ -193,6 +193,12 @@ def test_at_most_so_many_workers(fake):
     starts, ends = ([float((run.run_dir / which).read_text()) for run in runs] for which in ("start", "end"))
     at_once = [sum(start <= t < end for start, end in zip(starts, ends, strict=True)) for t in starts]
     assert max(at_once) == 2
+
+
+def test_the_default_of_workers_is_the_cores_that_are_allotted():
+    program = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from benchmark import sweep, mujoco; "
+    done = run(sys.executable, "-c", program + "print(sweep.available_cores(), mujoco.Args().workers)", cwd=ROOT)
+    assert done.stdout == "1 1\n", done.stderr
 
 
 def test_a_failure_is_reported_and_stops_nothing(fake, capfd):

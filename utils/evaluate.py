@@ -226,8 +226,8 @@ class Camera:
     def __exit__(self, kind, error, trace):
         with self._writing():
             if self.images:
-                first, *others = self.images
-                first.save(self.path, save_all=True, append_images=others, duration=1000 / self.fps, loop=0)
+                first, *others = self.images  # their duration is stored in hundredths of a second
+                first.save(self.path, save_all=True, append_images=others, duration=10 * round(100 / self.fps), loop=0)
             if self.writer:
                 self.writer.close()
                 if not error:  # a full disk, of which `close` is silent, leaves what cannot be read

@@ -102,7 +102,8 @@ def read_run(file):
         raise ValueError(f"{file.name} has no rows")
     if rest:
         print(f"left out, the incomplete last line of {file}", file=sys.stderr)
-    names = [KEPT.get(name, name) if kept else name for name in cells.pop(0)]
+    columns = KEPT | (dict(ret="AverageTestEpRet") if config.get("num_test_episodes") else {}) if kept else {}
+    names = [columns.get(name, name) for name in cells.pop(0)]
     if len(set(names)) < len(names):
         raise ValueError(f"{file.name} has two columns {max(names, key=names.count)}")
     for k, row in enumerate(cells, start=2):
@@ -112,7 +113,7 @@ def read_run(file):
     rows = pd.DataFrame(np.where(np.isfinite(values), values, np.nan), columns=names)
     name = str(config.get("exp_name") or re.sub(r"_s\d+(_\d+)?$", "", run_dir.name))
     env_id = re.sub(r"[^A-Za-z0-9_.+=,-]", "-", str(config.get("env_id", "")))  # as the logger writes it
-    return Run(run_dir, config, rows, name.removesuffix(f"_{env_id}"))  # the panel's title has the environment
+    return Run(run_dir, config, rows, re.sub(rf"_{re.escape(env_id)}(?=_|$)", "", name))  # the panel's title has the environment
 
 
 def load_runs(paths, select=(), exclude=(), legend=()):
@@ -176,9 +177,7 @@ def one_per_seed(runs):
 
 def smoothed(y, window):
     """The mean over the `window` rows around each row, of those that exist and hold a number; y (n,), NaN where blank."""
-    known, first = ~np.isnan(y), (window - 1) // 2
-    total, count = (np.convolve(a, np.ones(window))[first : first + len(y)] for a in (np.where(known, y, 0), known))
-    return np.divide(total, count, out=np.full(len(y), np.nan), where=count > 0)
+    return pd.Series(y).rolling(window, min_periods=1, center=True).mean().to_numpy()
 
 
 def column(run, value):
