@@ -12,12 +12,12 @@ three files test theirs: 10 episodes without noise.
 Started again after an interruption, the benchmark goes on where it was: runs whose curve is there with the same arguments
 are left out, runs that are finished in --data-dir are kept, and unfinished ones are resumed from their checkpoint. A change
 of the code is not noticed: delete the curves that it could have changed, and their runs.
-With another --results and another --data-dir all of it is run anew. A run of DDPG, TD3 or SAC takes an hour or more of
+With another --results and another --data-dir the benchmark is run anew; curves of the studies always go to
+benchmark/studies. A run of DDPG, TD3 or SAC takes an hour or more of
 one core, the others minutes.
 """
 
 import json
-import os
 import shlex
 import sys
 from dataclasses import asdict, dataclass
@@ -29,7 +29,7 @@ import tyro
 
 from benchmark import score
 from benchmark.sweep import Args as SweepArgs
-from benchmark.sweep import execute, handle_signals, plan
+from benchmark.sweep import available_cores, execute, handle_signals, plan
 from utils.evaluate import load_policy, play
 from utils.mpi import RunError
 from utils.plot import ASIDE
@@ -58,9 +58,9 @@ class Args:
     suite: Literal["learning", "value-fits", "broadcast", "autotune"] = "learning"  # the benchmark, or a study
     scripts: tuple[str, ...] = ON_POLICY + OFF_POLICY  # algorithm files of the benchmark
     env_ids: tuple[str, ...] = ENV_IDS  # environments of the benchmark
-    seeds: tuple[int, ...] | None = None  # default: 0 to 4 on-policy, 0 and 1 off-policy; in a study, its own, or a part of them
+    seeds: tuple[int, ...] | None = None  # default: 0 to 4 on-policy, 0 and 1 off-policy; in a study its own
     total_steps: int = 1_000_000  # environment steps of a run of the benchmark
-    workers: int = os.cpu_count() or 1  # runs at a time, each of one thread
+    workers: int = available_cores()  # runs at a time, each of one thread
     data_dir: str = "data"  # run directories
     results: Path = Path("benchmark/results")  # curves of the benchmark
 
@@ -101,10 +101,11 @@ def test(run, run_dir):
     """Note in the last row of a Run (of benchmark.score) the mean return of 10 deterministic episodes of its policy."""
     try:
         env, act = load_policy(run_dir)
+        rets = [ret for ret, _ in play(env, act, 10, deterministic=True)]
     except RunError as error:
         print(f"not tested, {error}", file=sys.stderr)
         return
-    run.rows.loc[run.rows.index[-1], "test_ret"] = np.mean([ret for ret, _ in play(env, act, 10, deterministic=True)]).round(1)
+    run.rows.loc[run.rows.index[-1], "test_ret"] = np.mean(rets).round(1)
     env.close()
 
 

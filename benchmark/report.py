@@ -8,6 +8,7 @@ A cell is an algorithm on an environment; those without curves are named as miss
 
 import importlib
 import itertools
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from benchmark.mujoco import ENV_IDS, OFF_POLICY, ON_POLICY, same_arguments
 from benchmark.score import Experiment, experiments, load
 from utils.mpi import RunError
-from utils.plot import COLORS, STYLE, load_runs, plot, save
+from utils.plot import COLORS, STYLE, column, load_runs, plot, save
 
 FAMILIES = {"on-policy": ON_POLICY, "off-policy": OFF_POLICY}
 
@@ -74,17 +75,19 @@ def has_defaults(config, but=()):
 
 
 def load_cells(args):
-    """All cells, by family. What has other arguments than its script's own does not count; stderr names it."""
+    """All cells, by family. Runs with other arguments than their script's own do not count, and where two kinds of run are left,
+    those with the fewer seeds; stderr names both."""
     if not args.published.exists():
         raise RunError(f"--published {args.published}: there is no such file")
     published, found = pd.read_csv(args.published), {}
-    for experiment in experiments(load(args.results)):
+    for experiment in sorted(experiments(load(args.results)), key=lambda experiment: -len(experiment.runs)):
         config = experiment.config
         key = config["script"], config["env_id"]
-        if config["total_steps"] == args.total_steps and has_defaults(config):
+        planned = config["script"] in ON_POLICY + OFF_POLICY and config["total_steps"] == args.total_steps
+        if planned and key not in found and has_defaults(config):
             found[key] = experiment
         else:
-            print(f"left out, other arguments: {' '.join(key)}, seeds {sorted(experiment.runs)}", file=sys.stderr)
+            print(f"left out, other arguments or ranks: {' '.join(key)}, seeds {sorted(experiment.runs)}", file=sys.stderr)
 
     def cell(script, env_id):
         algo = Path(script).stem
@@ -158,7 +161,8 @@ def ratio(cell):
         return "missing"
     if np.isnan(cell.published):
         return "none published"
-    return f"{cell.ratio:.2f}" if cell.ratio >= 1 else f"**{cell.ratio:.2f}**"
+    down = f"{math.floor(100 * cell.ratio) / 100:.2f}"  # so that nothing short of 1 reads 1.00
+    return down if cell.ratio >= 1 else f"**{down}**"
 
 
 def summary_table(families):
@@ -259,7 +263,8 @@ its loss broadcasts to (B, B) without an error (`benchmark/studies/ddpg_no_squee
         """## SAC's entropy coefficient
 
 Learned with `--autotune`, which starts it at 0.2 and holds the entropy at minus the number of action dimensions, or fixed at 0.2,
-the default: the benchmark's runs, cut to the study's steps.""",
+the default: the benchmark's runs, cut to the study's steps. The command runs two seeds for 1,000,000 steps; so far there is one,
+on HalfCheetah with `--total-steps 200000`.""",
     ),
 }
 
@@ -275,7 +280,7 @@ def study(suite, args):
     smooth, rows = 1 if "num_test_episodes" in runs[0].config else 10, []
     for env_id, name in sorted({(run.env_id, run.name) for run in runs}):
         there = [run for run in runs if (run.env_id, run.name) == (env_id, name)]
-        finals = [run.rows["AverageEpRet"].tail(len(run.rows) // 10).mean() for run in there]
+        finals = [run.rows[column(run, "Performance")].tail(len(run.rows) // 10).mean() for run in there]
         seeds = ", ".join(str(seed) for seed in sorted(run.config["seed"] for run in there))
         steps = f"{max(run.rows['TotalEnvInteracts'].iloc[-1] for run in there):,.0f}"
         rows.append([name, env_id, seeds, steps, with_deviation(np.mean(finals), np.std(finals), len(finals))])
@@ -305,7 +310,7 @@ environments. `python -m benchmark.mujoco` makes the curves, `python -m benchmar
 - *Best published*: the highest mean that we know for the algorithm at {args.total_steps:,} steps, from `benchmark/published.csv`;
   for VPG that of A2C, a policy gradient with a critic as ours is. The on-policy ones come from tests with noise (Tianshou),
   tests without noise (TD3 paper) or training (the others).
-- *Ratio*: our best point divided by the best published, bold where it falls short.
+- *Ratio*: our best point divided by the best published, rounded down, bold where it falls short.
 
 Best point / best published (ratio):
 """,

@@ -1,13 +1,13 @@
 """Score runs: the best point of the return, averaged over seeds.
 
     python -m benchmark.score data                                  # all runs below data/
-    python -m benchmark.score data --save benchmark/results         # and keep their curves as small CSV files
-    python -m benchmark.score benchmark/results                     # score what was kept
+    python -m benchmark.score data --save curves                    # and keep their curves as small CSV files
+    python -m benchmark.score curves                                # score what was kept
 
 A point of a run's curve is the return of its test episodes (ddpg, td3, sac), and where there are none the mean of
 `AverageEpRet`, the return in training, over the last 10 epochs (those in which an episode ended).
 `best` is the mean over the seeds of each seed's best point; `best of mean` the best point of the seed-averaged curve,
-which is never higher. Runs that differ in more than their seed are different experiments, each in a line of its own.
+which is never higher; `final` the last point of that curve. Runs that differ in more than their seed are different experiments, each in a line of its own.
 """
 
 import json
@@ -71,8 +71,8 @@ def load(path):
     runs = []
     for file in [*sorted(path.rglob("progress.txt")), *sorted(path.rglob("*_s*.csv"))]:
         try:
-            run, kept = read_run(file), file.suffix == ".csv"
-            ret = "AverageTestEpRet" if run.config.get("num_test_episodes") and not kept else "AverageEpRet"
+            run = read_run(file)
+            ret = "AverageTestEpRet" if run.config.get("num_test_episodes") else "AverageEpRet"
             rows = run.rows[["TotalEnvInteracts", ret, "StepsPerSec"]].set_axis([*KEPT], axis=1)
             rows = rows.join(run.rows.filter(["test_ret"])).round(1)
             if rows["ret"].isna().all():
@@ -116,6 +116,9 @@ def main(args):
     names = [run.name for experiment in found for run in experiment.runs.values()]
     if args.save and len(set(names)) < len(names):
         raise RunError(f"--save: two of the runs are called {max(names, key=names.count)}; keep them in different directories")
+    there = [name for name in names if args.save and (args.save / f"{name}.csv").exists()]
+    if there:
+        raise RunError(f"--save {args.save}: {there[0]}.csv is there already; take another directory, or delete it")
     print(
         f"{'script':9}{'environment':16}{'seeds':>6}{'best':>8}{'best of mean':>14}{'final':>8}{'steps/s':>9}   best of each seed"
     )

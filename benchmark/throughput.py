@@ -8,8 +8,8 @@ Every repeat measures everything once, one after the other, each training in a p
 medians over the repeats. A speed is that of whole training: acting, stepping, storing, updating, logging and saving, from
 the end of the first epoch (of the first block of steps, for peers) on, so without imports and first allocations.
 
-`peers' settings` are stable-baselines3's own defaults (networks, batch, updates per step), in whose place the script's
-defaults stand below. The floor of an update is the time that its matrix products alone take at the machine's float32 rate,
+`peers' settings` are the networks, batches and updates per step of stable-baselines3's defaults, but networks of (256, 256)
+for DDPG and TD3; `own defaults` are the script's. The floor of an update is the time that its matrix products alone take at the machine's float32 rate,
 measured on products of the update's own shapes. The last table is of the same run, at the script's defaults, by 1, 2, 4 ranks.
 """
 
@@ -30,11 +30,11 @@ import pandas as pd
 import torch
 import tyro
 
+from benchmark.mujoco import OFF_POLICY, ON_POLICY
 from utils.logger import silence_environments
 
 PEERS = {"trpo.py": ("sb3_contrib", "TRPO"), "ppo.py": ("stable_baselines3", "PPO")}
 PEERS |= {f"{name.lower()}.py": ("stable_baselines3", name) for name in ("DDPG", "TD3", "SAC")}
-OFF_POLICY = ("ddpg.py", "td3.py", "sac.py")
 PEERS_SETTINGS = {  # of ours, so that both do the same work
     "trpo.py": "--num-envs 1 --steps-per-epoch 2048 --minibatch-size 128 --train-v-iters 10 --cg-iters 15",
     "ppo.py": "--num-envs 1 --steps-per-epoch 2048 --minibatch-size 64 --train-iters 10",
@@ -50,15 +50,15 @@ torch.set_num_threads({threads})
 gymnasium.logger.min_level = gymnasium.logger.ERROR
 model = {name}("MlpPolicy", {env_id!r}, device="cpu", seed=0, {options})
 model.learn({warm_up})
-start = time.perf_counter()
-model.learn({steps}, reset_num_timesteps=False)
-print("steps/s", {steps} / (time.perf_counter() - start))
+before, start = model.num_timesteps, time.perf_counter()
+model.learn({steps}, reset_num_timesteps=False)  # on-policy whole rollouts, so more than these
+print("steps/s", (model.num_timesteps - before) / (time.perf_counter() - start))
 """
 
 
 @dataclass
 class Args:
-    scripts: tuple[str, ...] = ("vpg.py", "trpo.py", "ppo.py", *OFF_POLICY)  # algorithm files
+    scripts: tuple[str, ...] = ON_POLICY + OFF_POLICY  # algorithm files
     env_id: str = "HalfCheetah-v4"  # environment of all measurements
     on_policy_steps: int = 20_000  # environment steps of a run of vpg, trpo, ppo
     off_policy_steps: int = 3000  # environment steps of a run of ddpg, td3, sac
@@ -179,8 +179,8 @@ def main(args):
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "gymnasium", "mujoco"))
     print(f"{args.env_id}, medians of {args.repeats}, {versions}; bare env.step {bare:,.0f}/s, float32 {rate / 1e9:.0f} GFLOP/s")
     print(f"{'':9}{'settings':17}{'threads':>8}{'steps/s':>9}{'of bare':>9}{'peer':>8}{'ratio':>7}{'of floor':>10}   each")
-    space = gym.make(args.env_id)
-    dims = space.observation_space.shape[0], space.action_space.shape[0]
+    env = gym.make(args.env_id)
+    dims = env.observation_space.shape[0], env.action_space.shape[0]
     for (script, settings, threads), speed in median.items():
         if settings in ("", "peer", "mpirun"):
             continue

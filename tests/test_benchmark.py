@@ -9,16 +9,20 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, run
 
 import ddpg
+from benchmark import mujoco
 from benchmark.mujoco import Args as BenchmarkArgs
 from benchmark.mujoco import planned
-from benchmark.report import Args, interquartile_mean, interval, load_cells, main, score_table, study, summary_table, write
+from benchmark.report import Args, interquartile_mean, interval, load_cells, main, ratio, score_table, study, summary_table, write
 from utils.evaluate import load_policy
 from utils.mpi import RunError
 
@@ -193,10 +197,43 @@ def test_cells(results, capsys):
     assert (sac.best, sac.final, sac.ratio) == (16, 5, 2)  # single tests count, not windows
     assert sum(cell.experiment is None for cell in cells.values()) == 26
     errors = capsys.readouterr().err
-    assert "left out, other arguments: ppo.py Hopper-v4, seeds [0]" in errors
+    assert "left out, other arguments or ranks: ppo.py Hopper-v4, seeds [0]" in errors
     assert "left out, not finished: ppo_Swimmer-v4_s0" in errors
     for seed in range(3):
         assert re.search(rf"left out, .*ppo_Ant-v4_s{seed}.csv", errors)
+
+
+def test_the_kind_of_run_with_the_most_seeds_is_the_cell(results, capsys):
+    for seed in range(3):
+        config = json.loads((results / "results/ppo_Hopper-v4_s1.json").read_text())
+        (results / f"results/again_s{seed}.json").write_text(json.dumps(config | dict(seed=seed, ranks=2)))
+        shutil.copy(results / "results/ppo_Hopper-v4_s1.csv", results / f"results/again_s{seed}.csv")
+        (results / f"results/mine_s{seed}.json").write_text(json.dumps(config | dict(seed=seed, script="my_ppo.py")))
+        shutil.copy(results / "results/ppo_Hopper-v4_s1.csv", results / f"results/mine_s{seed}.csv")
+    cells = {(cell.algo, cell.env_id): cell for cells in load_cells(arguments(results)).values() for cell in cells}
+    assert (cells["ppo", "Hopper-v4"].seeds, cells["ppo", "Hopper-v4"].best) == (3, 40)
+    errors = capsys.readouterr().err
+    assert "left out, other arguments or ranks: ppo.py Hopper-v4, seeds [0, 1]" in errors
+    assert "left out, other arguments or ranks: my_ppo.py Hopper-v4, seeds [0, 1, 2]" in errors
+
+
+def test_a_ratio_is_rounded_down():
+    def cell(best):
+        return SimpleNamespace(experiment=True, published=1.0, ratio=best)
+
+    assert [ratio(cell(x)) for x in (0.996, 1.0, 1.019)] == ["**0.99**", "1.00", "1.01"]
+
+
+def test_a_policy_that_cannot_be_tested_ends_nothing(tmp_path, monkeypatch, capsys):
+    def diverged(*args, **kwargs):
+        raise RunError("reward is not finite at step 0")
+        yield
+
+    monkeypatch.setattr(mujoco, "load_policy", lambda run_dir: (gym.make("CartPole-v1"), None))
+    monkeypatch.setattr(mujoco, "play", diverged)
+    run = SimpleNamespace(rows=pd.DataFrame(dict(ret=[1.0])))
+    mujoco.test(run, tmp_path)
+    assert "test_ret" not in run.rows and "not tested, reward is not finite" in capsys.readouterr().err
 
 
 def test_tables(results):

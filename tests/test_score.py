@@ -31,6 +31,10 @@ def test_seeds_are_averaged_and_other_experiments_kept_apart(tmp_path):
     ]
     assert "z_s0" in errors
     assert score(tmp_path / "kept")[0] == table
+    before = (tmp_path / "kept/x_s0.csv").read_text()
+    done = run(sys.executable, "-m", "benchmark.score", tmp_path / "data", "--save", tmp_path / "kept", cwd=ROOT)
+    assert done.returncode == 1 and f"--save {tmp_path / 'kept'}: y_s0.csv is there already" in done.stderr
+    assert (tmp_path / "kept/x_s0.csv").read_text() == before
 
 
 def test_test_returns_count_where_there_are_some(tmp_path):
