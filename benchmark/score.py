@@ -120,14 +120,14 @@ def main(args):
     if there:
         raise RunError(f"--save {args.save}: {there[0]}.csv is there already; take another directory, or delete it")
     print(
-        f"{'script':9}{'environment':16}{'seeds':>6}{'best':>8}{'best of mean':>14}{'final':>8}{'steps/s':>9}   best of each seed"
+        f"{'script':9} {'environment':16} {'seeds':>6}{'best':>8}{'best of mean':>14}{'final':>8}{'steps/s':>9}   best of each seed"
     )
     for experiment in found:
         curves, runs = experiment.curves(args.window), experiment.runs.values()
         mean, each = curves.mean(axis=1, skipna=False), curves.max()
         speed = pd.concat([run.rows["steps_per_sec"] for run in runs]).median()
         print(
-            f"{experiment.config['script']:9}{experiment.config['env_id']:16}{len(each):6}{each.mean():8.0f}{mean.max():14.0f}"
+            f"{experiment.config['script']:9} {experiment.config['env_id']:16} {len(each):6}{each.mean():8.0f}{mean.max():14.0f}"
             f"{mean.iloc[-1]:8.0f}{speed:9.0f}   {', '.join(f'{s}: {best:.0f}' for s, best in each.items())}"
         )
         for run in runs if args.save else ():

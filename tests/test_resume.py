@@ -1,5 +1,6 @@
 """A run that was stopped, by Ctrl-C, by a kill at any instant or by a full disk, goes on as if nothing had happened."""
 
+import collections
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 
 import gymnasium as gym
 import numpy as np
@@ -446,3 +448,76 @@ def test_environment_comes_back_to_where_it_was(env_id):
     saved = logger._pack(first)
     second.load_state_dict(saved)
     assert np.array_equal(play(first, actions[50:]), play(second, actions[50:]))
+
+
+@dataclass
+class Tiny(logger.RunArgs):
+    env_id: str = "None-v0"
+    seed: int = 0
+    total_steps: int = 10
+    steps_per_epoch: int = 10
+
+
+class Thing:
+    """An attribute of each kind that a copied script might add to its buffer or keep beside it."""
+
+    def __init__(self):
+        self.array, self.tensor, self.number, self.flag = np.zeros(3), torch.zeros(2), 0, False
+        self.empty, self.fixed, self.pair, self.late = [], [0.1, 0.2], (1, 2), None
+        self.nested, self.table = [[1.0], [torch.zeros(1)]], {}
+
+    def change(self):
+        self.array += 1
+        self.tensor += 2
+        self.number, self.flag, self.late, self.pair = 7, True, "now", (3, 4)
+        self.empty += [1.5, 2.5, 3.5]
+        self.fixed[0] = 9
+        self.nested[0][0] = 5.0
+        self.nested[1][0] += 6
+        self.table |= {3: "three"}
+
+
+def test_every_kind_of_state_comes_back(tmp_path):
+    layer, thing, coefficient, rets = torch.nn.Linear(1, 1), Thing(), torch.tensor(1.0), []
+    args = Tiny(data_dir=str(tmp_path))
+    with Logger(args, __file__) as log:
+        for epoch in log.epochs(1, ac=layer, thing=thing, coefficient=coefficient, rets=rets):
+            thing.change()
+            coefficient *= 1.5
+            rets.append(4.0)
+            log.log(Epoch=epoch, TotalEnvInteracts=10)
+    again, new_coefficient, new_rets = Thing(), torch.tensor(1.0), []
+    array, tensor = again.array, again.tensor
+    args = Tiny(resume=str(log.dir), data_dir=str(tmp_path), total_steps=20)
+    with Logger(args, __file__) as log:
+        for epoch in log.epochs(2, ac=layer, thing=again, coefficient=new_coefficient, rets=new_rets):
+            log.log(Epoch=epoch, TotalEnvInteracts=20)
+    assert str(vars(again)) == str(vars(thing)) and again.pair == (3, 4)
+    assert again.array is array and again.tensor is tensor  # in place, as others may hold them too
+    assert (new_coefficient, new_rets) == (1.5, [4.0])
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        (dict(buffer=dict(last=collections.deque())), "buffer.last: --resume could not restore a deque"),
+        (dict(things=[{1, 2}]), r"things\[0\]: --resume could not restore a set"),
+        (dict(rng=np.random.default_rng()), "rng: --resume could not restore a Generator"),
+        (dict(beta=1.0), "beta: --resume could not change a float"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_state_that_could_not_come_back_is_refused_at_once(tmp_path, state, message):
+    with Logger(Tiny(data_dir=str(tmp_path)), __file__) as log, pytest.raises(RunError, match=message):
+        next(log.epochs(1, ac=torch.nn.Linear(1, 1), **state))
+
+
+def test_an_argument_that_the_script_got_since(finished, tmp_path):
+    """It has its default in the run to resume, and is written down from now on."""
+    config = json.loads((finished / "config.json").read_text())
+    lam = config.pop("lam")
+    (finished / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match="--lam 0.5: the run to resume has 0.95"):
+        ppo.Args(resume=str(finished), lam=0.5)
+    ppo.train(ppo.Args(resume=str(finished), total_steps=config["total_steps"] + 1))
+    assert json.loads((finished / "config.json").read_text())["lam"] == lam

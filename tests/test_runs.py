@@ -5,8 +5,10 @@ import importlib.util
 import json
 import math
 import pathlib
+import re
 import shutil
 import sys
+from dataclasses import dataclass
 
 import gymnasium as gym
 import numpy as np
@@ -246,6 +248,60 @@ def test_environment_that_cannot_be_made(script, tmp_path, error, message):
     gym.register("Fail-v0", fail)
     with pytest.raises(RunError, match=f"^--env-id Fail-v0: {message}$"):
         script.train(small(script, tmp_path, env_id="Fail-v0"))
+
+
+def test_what_a_copied_script_may_log(script, tmp_path, monkeypatch):
+    """Numbers of any kind; the same columns in every epoch."""
+    diagnose = script.diagnose
+    values = dict(Tensor=torch.tensor(0.5), Flag=True, Int=3, Float32=np.float32(0.25), Integer=np.int64(2))
+    monkeypatch.setattr(script, "diagnose", lambda *args: diagnose(*args) | values)
+    script.train(small(script, tmp_path))
+    table = rows(run_dir(script, tmp_path))
+    assert [[row[name] for name in values] for row in table] == [["0.5", "1.0", "3", "0.25", "2.0"]] * 2
+
+    for first, second, message in [({}, dict(A=1), "(A)"), (dict(A=1), {}, "(A)"), (dict(A=1), dict(B=1), "(A, B)")]:
+        metrics = iter([first, second])
+        monkeypatch.setattr(script, "diagnose", lambda *args, metrics=metrics: diagnose(*args) | next(metrics))
+        with pytest.raises(RunError, match=re.escape(f"the columns of epoch 1 are not those of progress.txt {message}")):
+            script.train(small(script, tmp_path))
+
+
+def test_an_argument_that_json_cannot_hold_is_refused_at_once(script, tmp_path):
+    args = small(script, tmp_path)
+    args.exp_name = pathlib.Path("x")
+    with pytest.raises(RunError, match="--exp-name: config.json cannot hold a PosixPath"):
+        script.train(args)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_of_a_copy_with_discrete_actions_and_fewer_arguments():
+    from utils.logger import RunArgs, check
+
+    @dataclass
+    class Fewer(RunArgs):
+        env_id: str = "CartPole-v1"
+        total_steps: int = 1000
+        steps_per_epoch: int = 100
+        replay_size: int = 1000
+
+    check(Fewer(), (gym.spaces.Discrete,), steps_per_epoch=1)
+
+
+def test_observations_may_be_lists(tmp_path):
+    class Lists(Count):
+        def reset(self, **options):
+            obs, info = super().reset(**options)
+            return obs.tolist(), info
+
+        def step(self, action):
+            obs, *rest = super().step(action)
+            return obs.tolist(), *rest
+
+    gym.envs.registration.registry.pop("Lists-v0", None)
+    gym.register("Lists-v0", Lists)
+    for script in (ON_POLICY[0], OFF_POLICY[0]):
+        small_args = small if script in ON_POLICY else small_off_policy
+        script.train(small_args(script, tmp_path, env_id="Lists-v0"))
 
 
 def test_command_line_error_is_one_line_without_traceback(script, tmp_path):

@@ -289,7 +289,8 @@ def evaluate(args):
     print("  ".join(f"{name} {value:.2f}" for name, value in summary.items()) + f"  ({kind} policy)")
     if args.video:
         print(f"{args.video}: {watch.frames / watch.fps:.1f} s, {args.video.stat().st_size / 1e6:.1f} MB")
-    run = dict(run_dir=str(args.run_dir), env_id=env.spec.id, itr=args.itr, deterministic=deterministic, seed=args.seed)
+    env_id = read_config(args.run_dir)["env_id"]
+    run = dict(run_dir=str(args.run_dir), env_id=env_id, itr=args.itr, deterministic=deterministic, seed=args.seed)
     return run | dict(video=args.video and str(args.video), returns=rets, lengths=lens) | summary
 
 

@@ -69,7 +69,7 @@ _AT_LEAST_1 = (
 _AT_LEAST_0 = (
     "seed train_v_iters damping_coeff start_steps update_after num_test_episodes act_noise target_noise noise_clip"
 ).split()
-_ABOVE_0 = "pi_lr vf_lr q_lr alpha target_kl delta clip_ratio".split()
+_ABOVE_0 = "pi_lr vf_lr q_lr alpha delta clip_ratio".split()
 _FROM_0_TO_1 = "gamma lam backtrack_coeff polyak".split()
 
 
@@ -88,9 +88,10 @@ def _check_ranges(args):
     for name in _AT_LEAST_1 + ["hidden_sizes"]:
         require(name, lambda v: v >= 1, "at least 1")
     for name in _AT_LEAST_0:
-        require(name, lambda v: 0 <= v < math.inf, "at least 0")
+        require(name, lambda v: 0 <= v < math.inf, "at least 0 and finite")
     for name in _ABOVE_0:
-        require(name, lambda v: 0 < v < math.inf, "above 0")
+        require(name, lambda v: 0 < v < math.inf, "above 0 and finite")
+    require("target_kl", lambda v: v > 0, "above 0")  # inf: no limit
     require("init_log_std", lambda v: -20 <= v <= 2, "between -20 and 2")
     for name in _FROM_0_TO_1:
         require(name, lambda v: 0 <= v <= 1, "between 0 and 1")
@@ -104,6 +105,12 @@ def check(args, action_spaces, **divisors):
     multiple of 8. Raises RunError with one line that says what to do.
     """
     _check_ranges(args)
+    for name, value in dataclasses.asdict(args).items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            kind = type(value).__name__
+            raise RunError(f"{_flag(name)}: config.json cannot hold a {kind}; declare it as str, int, float, bool or tuple") from None
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:  # a mere folder wandb/ has none
         raise RunError("--track: wandb is not installed; pip install wandb")
     if args.wandb_video and not args.track:
@@ -153,25 +160,29 @@ def _whole_epochs(args):
 
 def _check_off_policy(args, obs_space, act_space, limit):
     total_steps = _whole_epochs(args)
+    batch_size, update_after, start_steps, num_test_episodes = (  # which a copied script may do without
+        getattr(args, name, None) or 0 for name in ("batch_size", "update_after", "start_steps", "num_test_episodes")
+    )
     with np.errstate(over="ignore"):
-        bounded = np.isfinite(act_space.high.astype(np.float32) - act_space.low.astype(np.float32)).all()
+        is_box = isinstance(act_space, gym.spaces.Box)
+        bounded = not is_box or np.isfinite(act_space.high.astype(np.float32) - act_space.low.astype(np.float32)).all()
     if not bounded:
         raise RunError(
             f"--env-id {args.env_id}: this algorithm needs bounded actions, not {act_space}; "
             "vpg.py, trpo.py and ppo.py can do without"
         )
-    if args.batch_size > args.update_after:
+    if batch_size > update_after:
         raise RunError(
-            f"--batch-size {args.batch_size}: the first update, after --update-after {args.update_after} steps, would find "
-            f"fewer transitions; try --update-after {args.batch_size}"
+            f"--batch-size {batch_size}: the first update, after --update-after {update_after} steps, would find "
+            f"fewer transitions; try --update-after {batch_size}"
         )
-    if args.start_steps >= total_steps and mpi.rank() == 0:
-        print(f"warning: --start-steps {args.start_steps}: all {total_steps} steps will be random", file=sys.stderr)
-    if args.update_after > total_steps and mpi.rank() == 0:
-        print(f"warning: --update-after {args.update_after}: no update in {total_steps} steps", file=sys.stderr)
-    if args.num_test_episodes and args.max_ep_len is None and limit is None and mpi.rank() == 0:
+    if start_steps >= total_steps and mpi.rank() == 0:
+        print(f"warning: --start-steps {start_steps}: all {total_steps} steps will be random", file=sys.stderr)
+    if update_after > total_steps and mpi.rank() == 0:
+        print(f"warning: --update-after {update_after}: no update in {total_steps} steps", file=sys.stderr)
+    if num_test_episodes and args.max_ep_len is None and limit is None and mpi.rank() == 0:
         print(f"warning: {args.env_id} has no limit of steps: a test may never end; see --max-ep-len", file=sys.stderr)
-    transition = 4 * (2 * obs_space.shape[0] + act_space.shape[0] + 2)  # bytes
+    transition = 4 * (2 * obs_space.shape[0] + math.prod(act_space.shape) + 2)  # bytes
     needed, free = transition * min(args.replay_size, total_steps), _free_memory()
     if needed > free:
         raise RunError(
@@ -231,25 +242,32 @@ class Repeatable(gym.Wrapper):
     def reset(self, *, seed=None, options=None):
         self.start = json.dumps([seed, None if seed is not None else self.unwrapped.np_random.bit_generator.state])
         self.actions = []
-        self.obs, info = self.env.reset(seed=seed, options=options)
+        obs, info = self.env.reset(seed=seed, options=options)
+        self.obs = np.asarray(obs)
         return self.obs, info
 
     def step(self, action):
         self.actions.append(np.copy(action))
-        self.obs, *rest = self.env.step(action)
+        obs, *rest = self.env.step(action)
+        self.obs = np.asarray(obs)
         return self.obs, *rest
 
     def state_dict(self):
+        if not hasattr(self, "start"):  # before the first reset
+            return {}
         return dict(start=self.start, actions=torch.as_tensor(np.array(self.actions)), obs=torch.as_tensor(np.array(self.obs)))
 
     def load_state_dict(self, state):
+        if not state:
+            return
         seed, random_state = json.loads(state["start"])
         if random_state is not None:
             self.unwrapped.np_random.bit_generator.state = random_state
-        self.obs, _ = self.env.reset(seed=seed)
+        obs, _ = self.env.reset(seed=seed)
         self.start, self.actions = state["start"], list(state["actions"].numpy())
         for action in self.actions:
-            self.obs, *_ = self.env.step(action)
+            obs, *_ = self.env.step(action)
+        self.obs = np.asarray(obs)
         if not np.array_equal(self.obs, state["obs"].numpy()):
             raise RunError(
                 f"--resume: {self.spec.id} cannot be brought back to its state, which depends on more than `np_random`; "
@@ -275,13 +293,13 @@ class Logger:
         """Make the run directory of `args` (an instance of RunArgs) for the algorithm file `script`, or open that to resume."""
         self.args, self.script, self.stored, self.state = args, pathlib.Path(script), {}, {}
         self.progress = self.wandb = self.display = None
-        self.interrupted = False
+        self.interrupted, self.columns = False, []
         if args.resume is not None:
             self.dir = pathlib.Path(args.resume)
             self.config = read_config(self.dir)
             if self.config.get("ranks") != mpi.size():
                 raise RunError(f"--resume {self.dir}: the run has {self.config.get('ranks')} ranks, not {mpi.size()}")
-            self.config["total_steps"] = args.total_steps
+            self.config = dataclasses.asdict(args) | self.config | dict(total_steps=args.total_steps)
             now = mpi.share(_provenance(script) if mpi.rank() == 0 else None)
             self.config["resumed"] = [*self.config.get("resumed", []), {k: now[k] for k in ("versions", "git_commit")}]
         else:
@@ -324,10 +342,15 @@ class Logger:
         """Yield the numbers of the epochs to do: 0 to count - 1, or from where the run to resume was left.
 
         `state` is all that changes in the course of the run: modules, optimizers, schedulers, environments (what has a
-        `state_dict`) and objects whose attributes are arrays, numbers, strings or such things again. It is restored before
-        the first epoch, and saved every `save_freq` epochs and after the last one; `ac` is the module that model.pt holds.
+        `state_dict`) and objects whose attributes are arrays, tensors, numbers, strings or such things again. It is restored
+        before the first epoch, and saved every `save_freq` epochs and after the last one; `ac` is the module that model.pt
+        holds. Raises RunError for what cannot be saved.
         """
         self.state, self.epoch = state, 0
+        _pack(state)  # refuses what cannot be saved before any work is done
+        for name, x in state.items():
+            if _is_plain(x) or isinstance(x, tuple):
+                raise RunError(f"{name}: --resume could not change a {type(x).__name__}; make it a tensor or an object's attribute")
         if self.args.resume is not None:
             self._restore(count)
             if mpi.rank() == 0:
@@ -361,10 +384,11 @@ class Logger:
     def log(self, **metrics):
         """Write one row; collective over the ranks.
 
-        An int is the same on all ranks and written as it is; a float is averaged over the ranks. A list gives the columns
-        Average, Std, Max and Min over the values of all ranks, blank when there are none, or for AVERAGE_ONLY the mean
+        An int is the same on all ranks and written as it is; another number, a tensor's too, is averaged over the ranks. A list
+        gives the columns Average, Std, Max and Min over the values of all ranks, blank when there are none, or for AVERAGE_ONLY the mean
         alone. What was stored comes after `Epoch`; `Time` (seconds since the start) and `StepsPerSec` (of this epoch, by
-        `TotalEnvInteracts`) are added. Raises RunError for a number that is not finite.
+        `TotalEnvInteracts`) are added. Raises RunError for a number that is not finite, and for a row whose columns are not those
+        of the first one.
         """
         metrics = {"Epoch": metrics["Epoch"]} | self.stored | metrics
         self.stored, row = {}, {}
@@ -377,7 +401,7 @@ class Logger:
                 else:
                     row |= {f"Average{name}": mean, f"Std{name}": std, f"Max{name}": high, f"Min{name}": low}
             else:
-                row[name] = value if isinstance(value, int) else mpi.average(value)
+                row[name] = value if type(value) is int else float(mpi.average(value))
         steps, now = row["TotalEnvInteracts"], time.time()
         for name, value in row.items():
             if value != "" and not math.isfinite(value):
@@ -386,7 +410,14 @@ class Logger:
         row["StepsPerSec"] = (steps - self.last_steps) / (now - self.last_time)
         self.last_time, self.last_steps = now, steps
         if self.progress:
-            header = "\t".join(row) + "\n" if self.progress.tell() == 0 else ""
+            if self.columns and self.columns != [*row]:
+                differ = ", ".join(sorted({*row} ^ {*self.columns})) or "another order"
+                raise RunError(
+                    f"the columns of epoch {row['Epoch']} are not those of progress.txt ({differ}): log the same metrics in every "
+                    "epoch, an empty list where there is none; what a script logs newly needs a new run"
+                )
+            header = "" if self.columns else "\t".join(row) + "\n"
+            self.columns = [*row]
             with _writing(self.progress.name):
                 self.progress.write(header + "\t".join(map(str, row.values())) + "\n")
                 self.progress.flush()
@@ -456,6 +487,7 @@ class Logger:
                 if rows.stat().st_size > run["rows_end"]:
                     self.progress.truncate(run["rows_end"])  # rows after the checkpoint will come again
                     self.progress.seek(0, os.SEEK_END)
+            self.columns = rows.read_text().partition("\n")[0].split("\t") if run["rows_end"] else []
         mpi.check_equal(self.state["ac"])
         self._delete_other_checkpoints()  # a half one, of which this run would come to write the other half
         _set_random_state(saved["random"])
@@ -550,10 +582,12 @@ def _take_over(args):
     flags = sys.argv[1:] if module.__name__ == "__main__" else []
     flags = {re.sub("^--(no-)?|=.*", "", flag).replace("-", "_") for flag in flags if flag.startswith("--")}
     for field in dataclasses.fields(args):
-        if field.name in config and field.name != "resume":
-            value, old = getattr(args, field.name), config[field.name]
-            old = tuple(old) if isinstance(old, list) else old
-            given = value != field.default or field.name in flags
+        if field.name != "resume":
+            value = getattr(args, field.name)
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            old = config.get(field.name, default)  # a script may have got new arguments since
+            old = tuple(old) if isinstance(old, list) and not isinstance(value, list) else old
+            given = value != default or field.name in flags
             if given and value != old and field.name != "total_steps":
                 raise RunError(f"{_flag(field.name)} {value}: the run to resume has {old}; leave it out, or start a new run")
             if not given:
@@ -594,38 +628,52 @@ def _save(state, path):
         raise RunError(f"cannot write {path}: {one_line(error)}; the one before is left as it was") from error
 
 
-def _pack(x):
-    """What `x` holds, in the types that torch.load takes with weights_only=True."""
+def _pack(x, name="state"):
+    """What `x` holds, in the types that torch.load takes with weights_only=True. Raises RunError, with its name, for what
+    has neither a `state_dict` nor attributes."""
     if hasattr(x, "state_dict"):
         return x.state_dict()
+    if isinstance(x, torch.Tensor):
+        return x.detach()
     if isinstance(x, np.generic):
         return x.item()
-    if isinstance(x, np.ndarray):
+    if isinstance(x, np.ndarray) and x.dtype.kind in "biufc":
         return torch.from_numpy(x)
-    if x is None or isinstance(x, bool | int | float | str):
+    if _is_plain(x):
         return x
     if isinstance(x, list | tuple):
-        return [_pack(item) for item in x]
-    return {name: _pack(item) for name, item in (x if isinstance(x, dict) else vars(x)).items()}
+        return [_pack(item, f"{name}[{i}]") for i, item in enumerate(x)]
+    if not isinstance(x, dict) and not hasattr(x, "__dict__"):
+        raise RunError(f"{name}: --resume could not restore a {type(x).__name__}; make it an array, a tensor or a list of numbers")
+    return {key: _pack(item, f"{name}.{key}") for key, item in (x if isinstance(x, dict) else vars(x)).items()}
 
 
 def _unpack(x, saved):
-    """Give `x` back, in place, what `_pack` took from it."""
+    """Give `x` back what `_pack` took from it, in place where it can. Returns what takes its place."""
     if hasattr(x, "load_state_dict"):
         x.load_state_dict(saved)
+    elif _is_plain(saved):
+        return saved
+    elif isinstance(x, torch.Tensor):
+        x.detach().copy_(saved)
     elif isinstance(x, np.ndarray):
         part = tuple(slice(min(n, m)) for n, m in zip(x.shape, saved.shape, strict=True))  # the buffer's size may have changed
         x[part] = saved.numpy()[part]
     elif isinstance(x, list | tuple):
-        for item, saved_item in zip(x, saved, strict=True):
-            _unpack(item, saved_item)
+        if not all(map(_is_plain, saved)):
+            saved = [_unpack(item, saved_item) for item, saved_item in zip(x, saved, strict=True)]
+        if isinstance(x, tuple):
+            return getattr(x, "_make", tuple)(saved)
+        x[:] = saved
     else:
         items = x if isinstance(x, dict) else vars(x)
         for name, saved_item in saved.items():
-            if saved_item is None or isinstance(saved_item, bool | int | float | str):
-                items[name] = saved_item
-            else:
-                _unpack(items[name], saved_item)
+            items[name] = _unpack(items.get(name), saved_item)
+    return x
+
+
+def _is_plain(x):
+    return x is None or isinstance(x, bool | int | float | str)
 
 
 def _random_state():
