@@ -1,7 +1,8 @@
 """Trust Region Policy Optimization (TRPO). Schulman et al. 2015, arXiv:1502.05477.
 
     minimise L_pi subject to KL(pi_old | pi) <= delta:
-    theta <- theta + c^j sqrt(2 delta / x^T H x) x,   x = H^-1 g,   g = gradient of -L_pi
+    theta <- theta + c^j sqrt(2 delta / x^T H x) x,   x = H^-1 g,   g = gradient of -L_pi,   c = backtrack_coeff,
+             j = the first of 0, 1, ... with which KL <= delta and L_pi falls
     H    =  Hessian of that KL + damping_coeff I
     L_pi = -mean ratio adv,   ratio = pi(act|obs) / pi_old(act|obs)
     L_v  =  mean (V(obs) - ret)^2,   ret = adv + V(obs) of the critic before the pass over the batch
@@ -83,7 +84,7 @@ class Buffer:
         self.now = np.array([env.reset(seed=int(seeds.integers(2**31)))[0] for env in envs], np.float32)  # obs (N, obs_dim)
         self.ep_ret, self.ep_len = np.zeros(len(envs)), np.zeros(len(envs), int)
         i, n, limit = mpi.rank() * len(envs) + np.arange(len(envs)), mpi.size() * len(envs), envs[0].spec.max_episode_steps
-        self.first_len = (i + 1) * (limit or 0) // n  # 0 once that episode is over
+        self.first_len = (i + 1) * (limit or 0) // n  # 0: no limit, or over
 
     def collect(self, ac):
         """Act for T steps in each environment. Returns the returns and the lengths of the episodes that ended."""
@@ -213,7 +214,7 @@ class ActorCritic(nn.Module):
         self.to(self.device)
 
     def normalise(self, obs):
-        """obs: array (..., obs_dim) -> what the networks take: tensor (..., obs_dim), normalised, within -10 and 10"""
+        """obs: array (..., obs_dim) -> what the networks take: tensor (..., obs_dim), normalised within -10 and 10 if norm_obs"""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
         return self.obs_stats.normalise(obs).clamp(-10, 10) if self.norm_obs else obs
 
@@ -359,7 +360,7 @@ def update(ac, optimizer, batch, args):
     kl, backtracks = update_policy(ac, batch, adv, args)
     for i in range(args.train_v_iters):
         if i > 0:
-            _, ret = advantages(ac, batch, args)  # anew for each pass, as the critic has changed
+            _, ret = advantages(ac, batch, args)  # anew for each pass, as the critic and its units have changed
         for obs, mb_ret in minibatches(args.minibatch_size // mpi.size(), batch.obs, ac.ret_stats.normalise(ret)):
             loss_v = value_loss(ac.v(obs), mb_ret)
             optimizer.zero_grad()

@@ -8,11 +8,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ON_POLICY, small
+from conftest import OFF_POLICY, ON_POLICY, small
 
 import ppo
 import trpo
 import vpg
+from utils import mpi
 
 GAMMA, LAM = 0.9, 0.8
 
@@ -211,7 +212,7 @@ def test_value_loss(script):
 
 def test_critic_fits_normalised_returns_which_are_anew_for_each_pass(script, monkeypatch):
     """Two passes of one minibatch each: the second fits the returns that the critic of after the first one gives."""
-    passes = {"train_iters" if script is ppo else "train_v_iters": 2}
+    passes = dict(train_iters=2, target_kl=1e9) if script is ppo else dict(train_v_iters=2)
     args, ac, buffer = make(script, "Count-v0", 2, 6, minibatch_size=12, **passes)
     buffer.collect(ac)
     batch, value_loss, targets = buffer.batch(ac), script.value_loss, []
@@ -224,10 +225,121 @@ def test_critic_fits_normalised_returns_which_are_anew_for_each_pass(script, mon
 
     monkeypatch.setattr(script, "value_loss", spy)
     script.update(ac, torch.optim.Adam(ac.parameters(), 0.1), batch, args)
-    (one, _), (two, expected) = targets[:2]  # another call belongs to the diagnosis
+    (one, _), (two, expected), _ = targets  # the third call belongs to the diagnosis
     assert torch.allclose(one, ((first - first.mean()) / first.std(correction=0)).flatten().sort().values, atol=1e-5)
     assert torch.allclose(two, expected, atol=1e-5)
     assert not torch.allclose(one, two, atol=1e-3)
+
+
+def test_ppo_advantages_are_anew_for_each_pass(monkeypatch):
+    args, ac, buffer = make(ppo, "Count-v0", 2, 6, minibatch_size=12, train_iters=2, target_kl=1e9)
+    buffer.collect(ac)
+    batch, policy_loss, seen = buffer.batch(ac), ppo.policy_loss, []
+
+    def spy(logp, logp_old, adv, clip_ratio):
+        seen.append([x.flatten().sort().values for x in (adv, ppo.advantages(ac, batch, args)[0])])
+        return policy_loss(logp, logp_old, adv, clip_ratio)
+
+    monkeypatch.setattr(ppo, "policy_loss", spy)
+    ppo.update(ac, torch.optim.Adam(ac.parameters(), 0.1), batch, args)
+    (first, _), (second, expected), _ = seen  # the third call belongs to the diagnosis
+    assert torch.allclose(second, expected, atol=1e-5) and not torch.allclose(first, second, atol=1e-3)
+
+
+def test_each_step_is_along_the_gradient_of_its_own_minibatch(script, monkeypatch):
+    """Nothing is left of an earlier minibatch's gradient, and what a loss does not depend on has none."""
+    passes = dict(train_iters=2, target_kl=1e9) if script is ppo else dict(train_v_iters=2)
+    args, ac, buffer = make(script, "Count-v0", 2, 6, minibatch_size=6, **passes)
+    buffer.collect(ac)
+    expected, steps = {}, []
+
+    def spy(name, module):
+        loss_of = getattr(script, name)
+
+        def wrapped(*parts):
+            loss = loss_of(*parts)
+            if loss.requires_grad and (script is not trpo or module is ac.v):
+                params = list(module.parameters())
+                expected.update(zip(params, torch.autograd.grad(loss, params, retain_graph=True), strict=True))
+            return loss
+
+        monkeypatch.setattr(script, name, wrapped)
+
+    class Optimizer(torch.optim.SGD):
+        def step(self):
+            for p in self.param_groups[0]["params"]:
+                assert p.grad is None if p not in expected else torch.allclose(p.grad, expected[p], atol=1e-7)
+            steps.append(len(expected))
+            expected.clear()
+            super().step()
+
+    spy("policy_loss", ac.pi)
+    spy("value_loss", ac.v)
+    optimizer = Optimizer(ac.v.parameters() if script is trpo else ac.parameters(), 0.01)
+    for _ in range(2):
+        script.update(ac, optimizer, buffer.batch(ac), args)
+    assert len(steps) == 2 * (4 + (script is vpg)) and all(steps)
+
+
+def test_diagnosis(script):
+    """Of a policy that has moved since it acted, by torch.distributions."""
+    args, ac, buffer = make(script, "Count-v0", 4, 50)
+    buffer.collect(ac)
+    batch = buffer.batch(ac)
+    with torch.no_grad():
+        ac.pi.log_std += 0.2
+        ac.ret_stats.mean.fill_(3)
+        ac.ret_stats.var.fill_(4)
+        got, (adv, ret) = script.diagnose(ac, batch, args), script.advantages(ac, batch, args)
+        val = 3 + 2 * ac.v(batch.obs)
+        logp = torch.distributions.Normal(ac.pi.net(batch.obs), ac.pi.log_std.exp()).log_prob(batch.act).sum(-1)
+        ratio = (logp - batch.logp).exp()
+        entropy = (ac.pi.log_std + math.log(2 * math.pi * math.e) / 2).sum()
+    gain = dict(vpg=logp * adv, trpo=ratio * adv, ppo=torch.min(ratio * adv, ratio.clip(0.8, 1.2) * adv))[script.__name__]
+    assert got["VVals"] == pytest.approx(val.flatten().tolist(), rel=1e-4)
+    assert got["LossV"] == pytest.approx(((val - ret) ** 2).mean().item() / 4, rel=1e-4)
+    assert got["LossPi"] == pytest.approx(-gain.mean().item(), rel=1e-3, abs=1e-5)
+    assert got["Entropy"] == pytest.approx(entropy.item(), rel=1e-4)
+    if script is not trpo:  # whose update_policy gives the exact one
+        assert got["KL"] == pytest.approx((ratio - 1 - ratio.log()).mean().item(), rel=1e-3)
+    if script is ppo:
+        assert got["ClipFrac"] == pytest.approx(((ratio < 0.8) | (ratio > 1.2)).float().mean().item())
+
+
+def test_ranks_share_a_minibatch(script, monkeypatch):
+    args, ac, buffer = make(script, "Count-v0", 2, 6, minibatch_size=12)
+    buffer.collect(ac)
+    sizes, value_loss = [], script.value_loss
+    monkeypatch.setattr(script, "value_loss", lambda val, ret: sizes.append(val.shape) or value_loss(val, ret))
+    monkeypatch.setattr(mpi, "size", lambda: 2)
+    script.update(ac, torch.optim.SGD(ac.parameters(), 0.0), buffer.batch(ac), args)
+    assert set(sizes[:-1]) == {(6,)}  # the last call belongs to the diagnosis
+
+
+def test_first_episodes_of_another_rank(script, monkeypatch):
+    """Those of 4 environments, two on each rank, end after 2, 4, 6 and 8 of 8 steps."""
+    monkeypatch.setattr(mpi, "rank", lambda: 1)
+    monkeypatch.setattr(mpi, "size", lambda: 2)
+    envs = [gym.make("Count-v0", max_episode_steps=8) for _ in range(2)]
+    assert script.Buffer(envs, 4, np.random.default_rng(0)).first_len.tolist() == [6, 8]
+
+
+@pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY, ids=lambda script: script.__name__)
+def test_all_environments_of_all_ranks_start_differently(script, monkeypatch):
+    now = []
+    for rank in range(2):
+        monkeypatch.setattr(mpi, "rank", lambda rank=rank: rank)
+        seeds, envs = mpi.seed_everything(0), [gym.make("Pendulum-v1") for _ in range(2)]
+        now += (script.Buffer if script in ON_POLICY else script.ReplayBuffer)(envs, 4, seeds).now.tolist()
+    assert len(set(map(tuple, now))) == 4
+
+
+def test_first_weights_are_orthogonal(script):
+    *hidden, last = [layer for layer in script.mlp([4, 8, 8, 2], torch.nn.Tanh, 0.01) if isinstance(layer, torch.nn.Linear)]
+    for layer, gain in [(hidden[0], 2**0.5), (hidden[1], 2**0.5), (last, 0.01)]:
+        weight = layer.weight if layer.weight.shape[0] <= layer.weight.shape[1] else layer.weight.T
+        assert torch.allclose(weight @ weight.T, gain**2 * torch.eye(len(weight)), atol=1e-5 * gain**2)
+        assert not layer.bias.any()
 
 
 def test_ppo_loss_by_hand():
@@ -251,6 +363,14 @@ def test_ppo_stops_after_the_pass_that_went_too_far(target_kl, passes):
     assert ppo.update(ac, torch.optim.Adam(ac.parameters(), 1e-3), buffer.batch(ac), args)["StopIter"] == passes
     assert ac.ret_stats.count == 200
     assert not torch.equal(before, ac.pi.net[0].weight)
+
+
+@pytest.mark.parametrize("kl, passes", [(0.14, 4), (0.16, 1)])
+def test_ppo_goes_too_far_at_one_and_a_half_times_its_target(kl, passes, monkeypatch):
+    args, ac, buffer = make(ppo, "CartPole-v1", 2, 100, target_kl=0.1, train_iters=4)
+    buffer.collect(ac)
+    monkeypatch.setattr(ppo, "approx_kl", lambda *args: torch.tensor(kl))
+    assert ppo.update(ac, torch.optim.Adam(ac.parameters(), 1e-3), buffer.batch(ac), args)["StopIter"] == passes
 
 
 def test_vpg_gradient_is_the_score_function():
@@ -306,6 +426,8 @@ def test_conjugate_gradient_solves_the_system():
     x = trpo.conjugate_gradient(lambda v: matrix @ v, b, 40)
     assert torch.allclose(x, torch.linalg.solve(matrix, b), atol=1e-6)
     assert trpo.conjugate_gradient(lambda v: matrix @ v, torch.zeros(20), 10).tolist() == [0] * 20
+    x = trpo.conjugate_gradient(lambda v: matrix @ v, 1e-4 * b, 60)  # of small gradients too
+    assert torch.allclose(x, torch.linalg.solve(matrix, 1e-4 * b), rtol=1e-3, atol=1e-9)
 
 
 def test_natural_step_goes_along_the_natural_gradient_and_has_length_delta():
@@ -365,6 +487,10 @@ def test_line_search_restores_the_parameters_when_nothing_helps():
 )
 def test_copies_are_one_text(name):
     assert len({inspect.getsource(getattr(script, name)) for script in ON_POLICY}) == 1
+
+
+def test_copied_estimate_of_the_kl_is_one_text():
+    assert inspect.getsource(vpg.approx_kl) == inspect.getsource(ppo.approx_kl)
 
 
 def test_every_argument_is_read(script):

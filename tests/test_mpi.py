@@ -156,17 +156,17 @@ script.train(script.Args(env_id="CartPole-v1", total_steps=10**6, num_envs=2, da
     (tmp_path / "program.py").write_text(program)
     done = mpirun(tmp_path / "program.py", PYTHONPATH=str(ROOT), timeout=60)
     raised = float((tmp_path / "raised").read_text())
-    assert time.time() - raised < 10 and done.returncode != 0
+    assert time.time() - raised < 30 and done.returncode != 0
     assert "Traceback" in done.stderr and "ValueError: broken on purpose" in done.stderr
 
 
-def test_epoch_without_an_ended_episode_is_blank_on_two_ranks(script, tmp_path):
+def test_epoch_without_an_ended_episode_is_blank_on_two_ranks(tmp_path):
     """Episodes of 3 steps, batches of 2 steps in each environment: no episode ends in the first epoch."""
     options = (
         "--env-id conftest:Count-v0 --total-steps 8 --steps-per-epoch 4 --num-envs 2 --minibatch-size 2 --exp-name x".split()
     )
     path = f"{ROOT}:{ROOT / 'tests'}"
-    done = mpirun(ROOT / f"{script.__name__}.py", *options, "--data-dir", tmp_path, PYTHONPATH=path)
+    done = mpirun(ROOT / "ppo.py", *options, "--data-dir", tmp_path, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     first, second = rows(tmp_path / "x/x_s0")
     assert first["AverageEpRet"] == first["EpLen"] == "" and second["AverageEpRet"] == "6.0"

@@ -17,6 +17,7 @@ from torch import nn
 import ddpg
 import sac
 import td3
+from utils import mpi
 from utils.logger import make_env
 from utils.mpi import RunError
 
@@ -197,6 +198,34 @@ def test_step_of_the_critics_is_the_gradient_with_a_fixed_target(script):
 def test_step_of_the_policy_is_the_gradient_through_the_critic(script):
     learner = Learner(script, q_lr=0.0, alpha_lr=0.0)
     assert_step(learner, learner.ac.pi, learner.policy_loss)
+
+
+def test_metrics(script):
+    """Of the last update, before its step."""
+    learner = Learner(script, pi_lr=0.0, q_lr=0.0, alpha_lr=0.0)
+    got = learner.update()
+    names = ["QVals"] if script is ddpg else ["Q1Vals", "Q2Vals"]
+    expected = values(learner.ac.q, learner.arrays.obs, learner.arrays.act)
+    assert [got[name] for name in names] == [pytest.approx(val) for val in expected]
+    assert got["LossPi"] == [pytest.approx(learner.policy_loss())]
+    if script is sac:
+        _, logp = squash(*np.split(forward(learner.ac.pi.net, learner.arrays.obs), 2, -1), learner.noise[1])
+        assert got["LogPi"] == [pytest.approx(logp.mean())] and got["Alpha"] == [pytest.approx(0.2)]
+
+
+def test_learning_rates(script, tmp_path, monkeypatch):
+    update, rates = script.update, {}
+
+    def spy(ac, *rest):
+        names = {p: name for name, p in ac.named_parameters()}
+        for optimizer in rest:
+            if isinstance(optimizer, torch.optim.Optimizer):
+                rates.update({names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]})
+        return update(ac, *rest)
+
+    monkeypatch.setattr(script, "update", spy)
+    ac = script.train(small_off_policy(script, tmp_path, total_steps=120, pi_lr=2e-3, q_lr=3e-3))
+    assert rates == {name: 3e-3 if name.startswith("q") else 2e-3 for name, _ in ac.named_parameters()}
 
 
 def test_each_step_leaves_the_other_networks_and_their_gradients_alone(script, monkeypatch):
@@ -445,6 +474,15 @@ def test_policy_takes_over_after_the_first_actions(script):
         assert from_policy == [False] * 5 + [True] * 3
 
 
+def test_first_actions_are_those_of_all_ranks_together(script, monkeypatch):
+    """Of two ranks with an environment each, steps 0 to 9 are 5 steps of this one."""
+    asked = []
+    ac = SimpleNamespace(sample=lambda obs: asked.append(1) or torch.zeros(1, 2), to_env=lambda act: np.zeros((1, 2), np.float32))
+    monkeypatch.setattr(mpi, "size", lambda: 2)
+    script.ReplayBuffer([gym.make("Count-v0")], 50, np.random.default_rng(0)).collect(ac, 8, 10)
+    assert len(asked) == 3
+
+
 @pytest.mark.parametrize("start_steps", [0, 20])
 def test_buffer_holds_the_action_within_minus_one_and_one(script, start_steps):
     """Random or the policy's own, with its noise: what the environment got, in units of its box."""
@@ -614,6 +652,15 @@ def test_test_episodes_are_deterministic_and_counted_right(script):
     assert script.test(Policy(), gym.make("Count-v0"), 2) == ([6.0, 6.0], [3, 3])
     assert script.test(Policy(), gym.make("Count-v0", max_episode_steps=2), 1) == ([3.0], [2])
     assert script.test(Policy(), gym.make("Count-v0"), 0) == ([], [])
+
+
+def test_ranks_share_the_test_episodes(script, monkeypatch):
+    ac, shares = SimpleNamespace(act=lambda obs, deterministic: np.zeros((1, 2), np.float32)), []
+    monkeypatch.setattr(mpi, "size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(mpi, "rank", lambda rank=rank: rank)
+        shares.append(len(script.test(ac, gym.make("Count-v0"), 3)[0]))
+    assert shares == [2, 1]
 
 
 def test_test_episodes_leave_the_training_alone(script, tmp_path):

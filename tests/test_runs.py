@@ -69,25 +69,31 @@ def test_same_seed_same_rows_and_weights(script, tmp_path):
 
 def test_policy_that_acted_is_the_one_in_the_ratio(script, tmp_path, monkeypatch):
     """In every epoch, with normalised observations, Batch.logp is what the sampling distribution said while acting."""
-    acted, stored, rates = [], [], []
+    seen, acted, stored, rates = [], [], [], []
     sample, update = script.ActorCritic.sample, script.update
 
     def spy_sample(self, obs, deterministic=False):
         act = sample(self, obs, deterministic)
+        seen.append(obs.copy())
         acted.append(self.pi(self.normalise(obs)).log_prob(act).detach())
         return act
 
     def spy_update(ac, optimizer, batch, args):
         stored.append(batch.logp)
-        rates.append([group["lr"] for group in optimizer.param_groups])
+        rates.append({p: group["lr"] for group in optimizer.param_groups for p in group["params"]})
         return update(ac, optimizer, batch, args)
 
     monkeypatch.setattr(script.ActorCritic, "sample", spy_sample)
     monkeypatch.setattr(script, "update", spy_update)
-    ac = script.train(small(script, tmp_path, env_id="Hopper-v4", total_steps=800))
+    first = dict(vf_lr=2e-3) | (dict(pi_lr=4e-3) if hasattr(script.Args, "pi_lr") else {})
+    ac = script.train(small(script, tmp_path, env_id="Hopper-v4", total_steps=800, **first))
     assert torch.allclose(torch.cat(stored), torch.stack(acted), atol=1e-5)
     assert ac.ret_stats.count == ac.obs_stats.count == 800
-    assert np.array(rates) == pytest.approx(np.outer([1, 0.75, 0.5, 0.25], rates[0]))  # falls linearly to 0
+    assert torch.allclose(ac.obs_stats.mean, torch.as_tensor(np.mean(seen, (0, 1))).float(), atol=1e-5)
+    for k, rate in enumerate(rates):  # fall linearly to 0
+        expected = {p: first["vf_lr"] * (1 - k / 4) for p in ac.v.parameters()}
+        expected |= {p: first["pi_lr"] * (1 - k / 4) for p in ac.pi.parameters() if "pi_lr" in first}
+        assert rate == pytest.approx(expected)
 
 
 def test_run_directory(script, tmp_path):
