@@ -1,5 +1,6 @@
 """Two ranks are the same algorithm, hold the same parameters, and never hang."""
 
+import pathlib
 import sys
 import time
 
@@ -183,6 +184,37 @@ def test_what_does_not_divide_by_the_ranks_is_refused(script, tmp_path):
     assert done.returncode != 0 and done.stderr.count("error:") == 1
     assert "--num-envs 3: is not a multiple of the number of ranks, 2; try 2 or 4" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
+def test_ranks_end_with_their_launcher(tmp_path):
+    """Even if it is killed: nothing goes on training that nobody waits for."""
+    program = f"""
+import os, pathlib, signal, vpg
+from utils import mpi
+pathlib.Path({str(tmp_path)!r}, f"{{mpi.rank()}}.pid").write_text(str(os.getpid()))
+update = vpg.update
+def killing(*args):
+    if mpi.rank() == 0:
+        os.kill(os.getppid(), signal.SIGKILL)
+    return update(*args)
+vpg.update = killing
+vpg.train(vpg.Args(env_id="CartPole-v1", total_steps=10**6, num_envs=2, data_dir={str(tmp_path)!r}))
+"""
+    (tmp_path / "program.py").write_text(program)
+    assert mpirun(tmp_path / "program.py", PYTHONPATH=str(ROOT), timeout=60).returncode != 0
+
+    def runs(rank):
+        path = pathlib.Path("/proc", (tmp_path / f"{rank}.pid").read_text(), "status")
+        try:
+            return "State:\tZ" not in path.read_text()  # ended, but nobody has asked for its exit status
+        except OSError:
+            return False
+
+    deadline = time.monotonic() + 10
+    while any(map(runs, range(2))):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_ranks_are_equal_where_all_hold_the_same_nan(tmp_path):

@@ -6,7 +6,9 @@ mpi4py is imported only under a launcher, so a plain `python ppo.py` needs no MP
 `average`, `average_gradients`, `broadcast`, `check_equal`, `share` and `gather` are collective: all ranks have to call them.
 """
 
+import ctypes
 import os
+import signal
 import sys
 import time
 import traceback
@@ -24,6 +26,8 @@ def _connect():
     launched = max(int(os.environ.get(name, 1)) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
     if launched == 1:
         return None
+    if sys.platform == "linux":  # die with the launcher, which may end without ending its ranks
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     try:
         from mpi4py import MPI
     except ImportError as error:
