@@ -465,6 +465,7 @@ class Thing:
         self.array, self.tensor, self.number, self.flag = np.zeros(3), torch.zeros(2), 0, False
         self.empty, self.fixed, self.pair, self.late = [], [0.1, 0.2], (1, 2), None
         self.nested, self.table = [[1.0], [torch.zeros(1)]], {}
+        self.device, self.dtype, self.space = torch.device("cpu"), np.float32, gym.spaces.Discrete(2)
 
     def change(self):
         self.array += 1

@@ -265,6 +265,11 @@ def test_what_a_copied_script_may_log(script, tmp_path, monkeypatch):
     table = rows(run_dir(script, tmp_path))
     assert [[row[name] for name in values] for row in table] == [["0.5", "1.0", "3", "0.25", "2.0"]] * 2
 
+    metrics = iter([dict(A=1, B=2), dict(B=2, A=1)])
+    monkeypatch.setattr(script, "diagnose", lambda *args: diagnose(*args) | next(metrics))
+    script.train(small(script, tmp_path, exp_name="order"))
+    assert [(row["A"], row["B"]) for row in rows(tmp_path / "order/order_s0")] == [("1", "2")] * 2
+
     for first, second, message in [({}, dict(A=1), "(A)"), (dict(A=1), {}, "(A)"), (dict(A=1), dict(B=1), "(A, B)")]:
         metrics = iter([first, second])
         monkeypatch.setattr(script, "diagnose", lambda *args, metrics=metrics: diagnose(*args) | next(metrics))

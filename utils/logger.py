@@ -110,7 +110,7 @@ def check(args, action_spaces, **divisors):
             json.dumps(value)
         except TypeError:
             kind = type(value).__name__
-            raise RunError(f"{_flag(name)}: config.json cannot hold a {kind}; declare it as str, int, float, bool or tuple") from None
+            raise RunError(f"{_flag(name)}: config.json cannot hold a {kind}; make it a str, int, float, bool or tuple") from None
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:  # a mere folder wandb/ has none
         raise RunError("--track: wandb is not installed; pip install wandb")
     if args.wandb_video and not args.track:
@@ -384,11 +384,11 @@ class Logger:
     def log(self, **metrics):
         """Write one row; collective over the ranks.
 
-        An int is the same on all ranks and written as it is; another number, a tensor's too, is averaged over the ranks. A list
-        gives the columns Average, Std, Max and Min over the values of all ranks, blank when there are none, or for AVERAGE_ONLY the mean
-        alone. What was stored comes after `Epoch`; `Time` (seconds since the start) and `StepsPerSec` (of this epoch, by
-        `TotalEnvInteracts`) are added. Raises RunError for a number that is not finite, and for a row whose columns are not those
-        of the first one.
+        An int is the same on all ranks and written as it is; another number, a tensor's too, is averaged over the ranks. A
+        list gives the columns Average, Std, Max and Min over the values of all ranks, blank when there are none, or for
+        AVERAGE_ONLY the mean alone. What was stored comes after `Epoch`; `Time` (seconds since the start) and `StepsPerSec`
+        (of this epoch, by `TotalEnvInteracts`) are added. Raises RunError for a number that is not finite, and for a row that
+        has not the columns of the first one.
         """
         metrics = {"Epoch": metrics["Epoch"]} | self.stored | metrics
         self.stored, row = {}, {}
@@ -410,16 +410,16 @@ class Logger:
         row["StepsPerSec"] = (steps - self.last_steps) / (now - self.last_time)
         self.last_time, self.last_steps = now, steps
         if self.progress:
-            if self.columns and self.columns != [*row]:
-                differ = ", ".join(sorted({*row} ^ {*self.columns})) or "another order"
+            differ = {*row} ^ {*(self.columns or row)}
+            if differ:
                 raise RunError(
-                    f"the columns of epoch {row['Epoch']} are not those of progress.txt ({differ}): log the same metrics in every "
-                    "epoch, an empty list where there is none; what a script logs newly needs a new run"
+                    f"the columns of epoch {row['Epoch']} are not those of progress.txt ({', '.join(sorted(differ))}): log the same "
+                    "metrics in every epoch, an empty list where there is none; what a script logs newly needs a new run"
                 )
             header = "" if self.columns else "\t".join(row) + "\n"
-            self.columns = [*row]
+            self.columns = self.columns or [*row]
             with _writing(self.progress.name):
-                self.progress.write(header + "\t".join(map(str, row.values())) + "\n")
+                self.progress.write(header + "\t".join(str(row[name]) for name in self.columns) + "\n")
                 self.progress.flush()
             self._track(lambda wandb: wandb.log({name: value for name, value in row.items() if value != ""}, step=steps))
             self.display.update(row)
@@ -628,6 +628,9 @@ def _save(state, path):
         raise RunError(f"cannot write {path}: {one_line(error)}; the one before is left as it was") from error
 
 
+_NEVER_CHANGES = (torch.device, torch.dtype, np.dtype, type, pathlib.PurePath, gym.Space)
+
+
 def _pack(x, name="state"):
     """What `x` holds, in the types that torch.load takes with weights_only=True. Raises RunError, with its name, for what
     has neither a `state_dict` nor attributes."""
@@ -645,7 +648,8 @@ def _pack(x, name="state"):
         return [_pack(item, f"{name}[{i}]") for i, item in enumerate(x)]
     if not isinstance(x, dict) and not hasattr(x, "__dict__"):
         raise RunError(f"{name}: --resume could not restore a {type(x).__name__}; make it an array, a tensor or a list of numbers")
-    return {key: _pack(item, f"{name}.{key}") for key, item in (x if isinstance(x, dict) else vars(x)).items()}
+    items = x if isinstance(x, dict) else vars(x)
+    return {key: _pack(item, f"{name}.{key}") for key, item in items.items() if not isinstance(item, _NEVER_CHANGES)}
 
 
 def _unpack(x, saved):
