@@ -18,7 +18,7 @@ from benchmark.sweep import Args, main, parse, plan, sweep
 from utils.mpi import RunError
 
 FAKE = '''
-import itertools, json, pathlib, time
+import contextlib, itertools, json, pathlib, time
 from dataclasses import asdict, dataclass
 
 import tyro
@@ -50,8 +50,10 @@ def train(args):
     else:
         parent = pathlib.Path(args.data_dir) / args.exp_name
         names = (f"{args.exp_name}_s{args.seed}" + (f"_{k}" if k else "") for k in itertools.count())
-        run_dir = next(parent / name for name in names if not (parent / name).exists())
-        run_dir.mkdir(parents=True)
+        for run_dir in (parent / name for name in names):
+            with contextlib.suppress(FileExistsError):  # another process may have been faster
+                run_dir.mkdir(parents=True)
+                break
         config = asdict(args) | dict(script="fake.py", ranks=1, args=asdict(args))
         (run_dir / "config.json").write_text(json.dumps(config))
         (run_dir / "progress.txt").write_text("Epoch\\tAverageEpRet\\tTotalEnvInteracts\\n")
