@@ -74,7 +74,7 @@ class Buffer:
         self.now = np.array([env.reset(seed=int(seeds.integers(2**31)))[0] for env in envs], np.float32)  # obs (N, obs_dim)
         self.ep_ret, self.ep_len = np.zeros(len(envs)), np.zeros(len(envs), int)
         i, n, limit = mpi.rank() * len(envs) + np.arange(len(envs)), mpi.size() * len(envs), envs[0].spec.max_episode_steps
-        self.first_len = (i + 1) * (limit or 0) // n  # 0: no limit, or over
+        self.first_len = (i + 1) * (limit or 0) // n  # 0 if there is no limit, or once it is over
 
     def collect(self, ac):
         """Act for T steps in each environment. Returns the returns and the lengths of the episodes that ended."""

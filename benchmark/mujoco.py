@@ -11,10 +11,9 @@ three files test theirs: 10 episodes without noise.
 
 Started again after an interruption, the benchmark goes on where it was: runs whose curve is there with the same arguments
 are left out, runs that are finished in --data-dir are kept, and unfinished ones are resumed from their checkpoint. A change
-of the code is not noticed: delete the curves that it could have changed, and their runs.
-With another --results and another --data-dir the benchmark is run anew; curves of the studies always go to
-benchmark/studies. A run of DDPG, TD3 or SAC takes an hour or more of
-one core, the others minutes.
+of the code is not noticed: delete the curves that it could have changed, and their runs. With another --results and another
+--data-dir the benchmark is run anew; curves of the studies always go to benchmark/studies. A run of DDPG, TD3 or SAC takes an
+hour or more of one core, the others minutes.
 """
 
 import json

@@ -7,7 +7,8 @@
 A point of a run's curve is the return of its test episodes (ddpg, td3, sac), and where there are none the mean of
 `AverageEpRet`, the return in training, over the last 10 epochs (those in which an episode ended).
 `best` is the mean over the seeds of each seed's best point; `best of mean` the best point of the seed-averaged curve,
-which is never higher; `final` the last point of that curve. Runs that differ in more than their seed are different experiments, each in a line of its own.
+which is never higher; `final` the last point of that curve. Runs that differ in more than their seed are different experiments,
+each in a line of its own.
 """
 
 import json

@@ -9,8 +9,9 @@ medians over the repeats. A speed is that of whole training: acting, stepping, s
 the end of the first epoch (of the first block of steps, for peers) on, so without imports and first allocations.
 
 `peers' settings` are the networks, batches and updates per step of stable-baselines3's defaults, but networks of (256, 256)
-for DDPG and TD3; `own defaults` are the script's. The floor of an update is the time that its matrix products alone take at the machine's float32 rate,
-measured on products of the update's own shapes. The last table is of the same run, at the script's defaults, by 1, 2, 4 ranks.
+for DDPG and TD3; `own defaults` are the script's. The floor of an update is the time that its matrix products alone take at
+the machine's float32 rate, measured on products of the update's own shapes. The last table is of the same run, at the script's
+defaults, by 1, 2, 4 ranks.
 """
 
 import importlib.metadata
