@@ -16,40 +16,42 @@ Actions are scaled so that each dimension's bounds are -1 and 1: policy, critics
 import copy
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from gymnasium.spaces import Box
 from torch import nn
 from torch.nn.functional import softplus
 
 from utils import mpi
-from utils.logger import Logger, RunArgs, check, check_finite, configure_torch, make_env
+from utils.args import AtLeast0, AtLeast1, EnvsOfRanks, Fraction, Positive, RunArgs, TotalOfEnvs, TotalOfRanks, cli
+from utils.envs import check_finite, make_env
+from utils.logger import Logger, set_up
 
 
 @dataclass
 class Args(RunArgs):
+    action_spaces: ClassVar = (Box,)
     env_id: str = "HalfCheetah-v4"  # a Gymnasium environment with flat observations and bounded continuous actions
-    seed: int = 0  # seed of the networks, environments, noise and minibatches
-    total_steps: int = 1_000_000  # environment steps in all, rounded up to whole epochs
-    steps_per_epoch: int = 10_000  # environment steps between two rows of the log, and between two tests
-    num_envs: int = 1  # environments, stepped one after the other; at least one per MPI process
-    max_ep_len: int | None = None  # steps until an episode is truncated; default: the environment's own limit
-    num_test_episodes: int = 10  # deterministic episodes at the end of each epoch
-    hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers, of the actor and of each critic
+    seed: AtLeast0 = 0  # seed of the networks, environments, noise and minibatches
+    total_steps: AtLeast1 = 1_000_000  # environment steps in all, rounded up to whole epochs
+    steps_per_epoch: TotalOfEnvs = 10_000  # environment steps between two rows of the log, and between two tests
+    num_envs: EnvsOfRanks = 1  # environments, stepped one after the other; at least one per MPI process
+    max_ep_len: AtLeast1 | None = None  # steps until an episode is truncated; default: the environment's own limit
+    num_test_episodes: AtLeast0 = 10  # deterministic episodes at the end of each epoch
+    hidden_sizes: tuple[AtLeast1, ...] = (256, 256)  # widths of the hidden layers, of the actor and of each critic
     activation: Literal["tanh", "relu", "elu"] = "relu"  # activation of the hidden layers
-    gamma: float = 0.99  # discount
-    polyak: float = 0.995  # how much of the target networks stays at each of their updates
-    pi_lr: float = 1e-3  # learning rate of the actor
-    q_lr: float = 1e-3  # learning rate of the critics
-    batch_size: int = 128  # transitions in a gradient step
-    replay_size: int = 1_000_000  # transitions that the replay buffer holds
-    start_steps: int = 10_000  # steps of uniformly random actions at the start
-    update_after: int = 1000  # steps before the first update
-    update_every: int = 50  # steps between two blocks of updates; a block has as many updates as there were steps
-    alpha: float = 0.2  # entropy coefficient
+    gamma: Fraction = 0.99  # discount
+    polyak: Fraction = 0.995  # how much of the target networks stays at each of their updates
+    pi_lr: Positive = 1e-3  # learning rate of the actor
+    q_lr: Positive = 1e-3  # learning rate of the critics
+    batch_size: TotalOfRanks = 128  # transitions in a gradient step
+    replay_size: TotalOfRanks = 1_000_000  # transitions that the replay buffer holds
+    start_steps: AtLeast0 = 10_000  # steps of uniformly random actions at the start
+    update_after: AtLeast0 = 1000  # steps before the first update
+    update_every: AtLeast1 = 50  # steps between two blocks of updates; a block has as many updates as there were steps
+    alpha: Positive = 0.2  # entropy coefficient
     autotune: bool = False  # learn alpha, from --alpha on, with the actor's learning rate
 
 
@@ -68,47 +70,45 @@ class ReplayBuffer:
 
     def __init__(self, envs, size, seeds):
         obs_shape, act_shape = envs[0].observation_space.shape, envs[0].action_space.shape
-        shapes = Batch(obs_shape, act_shape, (), obs_shape, ())
-        self.arrays = Batch(*(np.zeros((size, *shape), np.float32) for shape in shapes))
+        self.obs, self.next_obs = (np.zeros((size, *obs_shape), np.float32) for _ in range(2))
+        self.act = np.zeros((size, *act_shape), np.float32)
+        self.rew, self.terminated = (np.zeros(size, np.float32) for _ in range(2))
         self.envs, self.steps, self.stored = envs, 0, 0
-        self.now = np.array([env.reset(seed=int(seeds.integers(2**31)))[0] for env in envs], np.float32)  # obs (N, obs_dim)
-        self.ep_ret, self.ep_len = np.zeros(len(envs)), np.zeros(len(envs), int)
+        for env in envs:
+            env.reset(seed=int(seeds.integers(2**31)))
 
-    def collect(self, ac, num_steps, start_steps):
-        """Act for `num_steps` steps in each environment, uniformly at random until all ranks together have taken `start_steps`.
-
-        Returns the returns and the lengths of the episodes that ended."""
+    def collect(self, ac, until, start_steps):
+        """Act in each environment until all ranks together have taken `until` steps; the first `start_steps` of them uniformly
+        at random. Returns the returns and the lengths of the episodes that ended."""
         ep_rets, ep_lens = [], []
-        for _ in range(num_steps):
-            uniform = 2 * torch.rand(len(self.envs), *self.arrays.act.shape[1:]) - 1
-            act = uniform if self.steps < start_steps else ac.sample(self.now).cpu()
-            check_finite(self.steps, observation=self.now, action=act.numpy())
+        while self.steps < until:
+            now = np.array([env.obs for env in self.envs], np.float32)  # (N, obs_dim)
+            uniform = 2 * torch.rand(len(self.envs), *self.act.shape[1:]) - 1
+            act = uniform if self.steps < start_steps else ac.sample(now).cpu()
+            check_finite(self.steps, observation=now, action=act.numpy())
             for i, (env, env_act) in enumerate(zip(self.envs, ac.to_env(act), strict=True)):
                 next_obs, rew, terminated, truncated, _ = env.step(env_act)
-                self.store(self.now[i], act[i], rew, next_obs, terminated)
-                self.ep_ret[i] += rew
-                self.ep_len[i] += 1
+                self.store(now[i], act[i], rew, next_obs, terminated)
                 if terminated or truncated:
-                    ep_rets.append(self.ep_ret[i])
-                    ep_lens.append(self.ep_len[i])
-                    self.ep_ret[i], self.ep_len[i] = 0, 0
-                    next_obs, _ = env.reset()
-                self.now[i] = next_obs
+                    ep_rets.append(env.ep_ret)
+                    ep_lens.append(env.ep_len)
+                    env.reset()
             self.steps += len(self.envs) * mpi.size()
         return ep_rets, ep_lens
 
-    def store(self, *transition):
-        """Put obs, act, rew, next_obs, terminated into the place of the oldest transition."""
-        at = self.stored % len(self.arrays.obs)
-        for array, value in zip(self.arrays, transition, strict=True):
-            array[at] = value
-        check_finite(self.steps + 1, observation=self.arrays.next_obs[at], reward=self.arrays.rew[at])
+    def store(self, obs, act, rew, next_obs, terminated):
+        """Put a transition into the place of the oldest."""
+        at = self.stored % len(self.obs)
+        self.obs[at], self.act[at], self.rew[at] = obs, act, rew
+        self.next_obs[at], self.terminated[at] = next_obs, terminated
+        check_finite(self.steps + 1, observation=self.next_obs[at], reward=self.rew[at])
         self.stored += 1
 
     def sample(self, batch_size, device):
         """A Batch of transitions, drawn uniformly with replacement."""
-        at = torch.randint(min(self.stored, len(self.arrays.obs)), (batch_size,))
-        return Batch(*(torch.from_numpy(array)[at].to(device) for array in self.arrays))
+        at = torch.randint(min(self.stored, len(self.obs)), (batch_size,))
+        arrays = (self.obs, self.act, self.rew, self.next_obs, self.terminated)
+        return Batch(*(torch.from_numpy(array)[at].to(device) for array in arrays))
 
 
 def mlp(sizes, activation):
@@ -245,7 +245,7 @@ def update(ac, q_targ, pi_optimizer, q_optimizer, alpha_optimizer, batch, args):
     if args.autotune:
         gradient_step(alpha_optimizer, alpha_loss(ac.log_alpha, logp.detach(), act.shape[-1]))
     polyak_average(ac.q, q_targ, args.polyak)
-    losses = dict(LossQ=[loss_q.item()], LossPi=[loss_pi.item()], LogPi=[logp.mean().item()], Alpha=[alpha.item()])
+    losses = dict(LossQ=loss_q.item(), LossPi=loss_pi.item(), LogPi=logp.mean().item(), Alpha=alpha.item())
     return dict(Q1Vals=q1.tolist(), Q2Vals=q2.tolist(), **losses)
 
 
@@ -254,24 +254,19 @@ def test(ac, env, num_episodes):
     ep_rets, ep_lens = [], []
     for _ in range(mpi.rank(), num_episodes, mpi.size()):
         (obs, _), ended = env.reset(), False
-        ep_rets.append(0.0)
-        ep_lens.append(0)
         while not ended:
-            obs, rew, terminated, truncated, _ = env.step(ac.act(obs[None], deterministic=True)[0])
-            ep_rets[-1] += rew
-            ep_lens[-1] += 1
+            obs, _, terminated, truncated, _ = env.step(ac.act(obs[None], deterministic=True)[0])
             ended = terminated or truncated
+        ep_rets.append(env.ep_ret)
+        ep_lens.append(env.ep_len)
     return ep_rets, ep_lens
 
 
 def train(args):
     """Train as `args` (an Args) says and return the ActorCritic. Raises RunError for what cannot work."""
+    seeds = set_up(args)
     ranks = mpi.size()
     num_envs = max(args.num_envs, ranks)  # one for each rank at least
-    # the sizes named here have to be multiples of these numbers
-    check(args, (Box,), num_envs=min(args.num_envs, ranks), steps_per_epoch=num_envs, batch_size=ranks, replay_size=ranks)
-    configure_torch(args)
-    seeds = mpi.seed_everything(args.seed)
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(num_envs // ranks)]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
@@ -283,26 +278,24 @@ def train(args):
     buffer = ReplayBuffer(envs, min(args.replay_size, epochs * args.steps_per_epoch) // ranks, seeds)
     test_env = make_env(args.env_id, args.max_ep_len)
     test_env.reset(seed=int(seeds.integers(2**31)))
-    block = math.ceil(args.update_every / num_envs) * num_envs  # this many steps, then as many updates
 
     state = dict(ac=ac, q_targ=q_targ, pi_optimizer=pi_optimizer, q_optimizer=q_optimizer, alpha_optimizer=alpha_optimizer)
     with Logger(args, __file__) as logger:
         for epoch in logger.epochs(epochs, **state, buffer=buffer, test_env=test_env):  # all that --resume restores
             epoch_end = (epoch + 1) * args.steps_per_epoch
             while buffer.steps < epoch_end:
-                block_steps = min(block, epoch_end - buffer.steps)
-                ep_rets, ep_lens = buffer.collect(ac, block_steps // num_envs, args.start_steps)
-                # blank until the first update
-                metrics = dict.fromkeys(["Q1Vals", "Q2Vals", "LossQ", "LossPi", "LogPi", "Alpha"], [])
+                start, metrics = buffer.steps, {}
+                ep_rets, ep_lens = buffer.collect(ac, min(start + args.update_every, epoch_end), args.start_steps)
                 if buffer.steps >= args.update_after:
-                    for _ in range(block_steps):
+                    for _ in range(start, buffer.steps):  # as many updates as steps
                         batch = buffer.sample(args.batch_size // ranks, ac.device)
                         metrics |= update(ac, q_targ, pi_optimizer, q_optimizer, alpha_optimizer, batch, args)
-                logger.store(EpRet=ep_rets, EpLen=ep_lens, **metrics)  # metrics of the block's last update
+                # metrics of the last update
+                logger.store(EpRet=ep_rets, EpLen=ep_lens, TotalEnvInteracts=buffer.steps, **metrics)
             test_rets, test_lens = test(ac, test_env, args.num_test_episodes)
-            logger.log(Epoch=epoch, TestEpRet=test_rets, TestEpLen=test_lens, TotalEnvInteracts=buffer.steps)
+            logger.log(Epoch=epoch, TestEpRet=test_rets, TestEpLen=test_lens)
     return ac
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    train(cli(Args))

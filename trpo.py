@@ -17,43 +17,45 @@ advantages computed anew for each pass over the batch, a learning rate that fall
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from gymnasium.spaces import Box, Discrete
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 from torch.nn.utils import parameters_to_vector
 
 from utils import mpi
-from utils.logger import Logger, RunArgs, check, check_finite, configure_torch, make_env
+from utils.args import AtLeast0, AtLeast1, Fraction, LogStd, NonNegative, Positive, RunArgs, TotalOfEnvs, TotalOfRanks, cli
+from utils.envs import check_finite, make_env
+from utils.logger import Logger, set_up
 
 
 @dataclass
 class Args(RunArgs):
+    action_spaces: ClassVar = (Box, Discrete)
     env_id: str = "HalfCheetah-v4"  # a Gymnasium environment with flat observations
-    seed: int = 0  # seed of the networks, environments, actions and minibatches
-    total_steps: int = 1_000_000  # environment steps in all, rounded up to whole epochs
-    steps_per_epoch: int = 2000  # environment steps in a batch
-    num_envs: int = 8  # environments, stepped one after the other
-    max_ep_len: int | None = None  # steps until an episode is truncated; default: the environment's own limit
-    hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers, of the actor and of the critic
+    seed: AtLeast0 = 0  # seed of the networks, environments, actions and minibatches
+    total_steps: AtLeast1 = 1_000_000  # environment steps in all, rounded up to whole epochs
+    steps_per_epoch: TotalOfEnvs = 2000  # environment steps in a batch
+    num_envs: TotalOfRanks = 8  # environments, stepped one after the other
+    max_ep_len: AtLeast1 | None = None  # steps until an episode is truncated; default: the environment's own limit
+    hidden_sizes: tuple[AtLeast1, ...] = (64, 64)  # widths of the hidden layers, of the actor and of the critic
     activation: Literal["tanh", "relu", "elu"] = "tanh"  # activation of the hidden layers
-    init_log_std: float | None = None  # initial log standard deviation, where bounds are -1 and 1; None: -log sqrt(act_dim)
+    init_log_std: LogStd | None = None  # initial log standard deviation, where bounds are -1 and 1; None: -log sqrt(act_dim)
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
-    gamma: float = 0.99  # discount
-    lam: float = 0.95  # lambda of GAE
-    vf_lr: float = 3e-4  # learning rate of the critic, falls linearly to 0
-    train_v_iters: int = 10  # passes of the critic over a batch; the actor takes one step on all of it
-    minibatch_size: int = 100  # transitions in a gradient step of the critic, at most: the batch is split evenly
+    gamma: Fraction = 0.99  # discount
+    lam: Fraction = 0.95  # lambda of GAE
+    vf_lr: Positive = 3e-4  # learning rate of the critic, falls linearly to 0
+    train_v_iters: AtLeast0 = 10  # passes of the critic over a batch; the actor takes one step on all of it
+    minibatch_size: TotalOfRanks = 100  # transitions in a gradient step of the critic, at most: the batch is split evenly
     algo: Literal["trpo", "npg"] = "trpo"  # npg, natural policy gradient: the full step, without the line search
-    delta: float = 0.02  # largest KL(pi_old | pi) of a step; npg, without its line search, only aims at it
-    damping_coeff: float = 0.1  # multiple of the identity in H
-    cg_iters: int = 10  # iterations of conjugate gradient
-    backtrack_iters: int = 10  # steps that the line search tries
-    backtrack_coeff: float = 0.8  # c: length of each, relative to the one before
+    delta: Positive = 0.02  # largest KL(pi_old | pi) of a step; npg, without its line search, only aims at it
+    damping_coeff: NonNegative = 0.1  # multiple of the identity in H
+    cg_iters: AtLeast1 = 10  # iterations of conjugate gradient
+    backtrack_iters: AtLeast1 = 10  # steps that the line search tries
+    backtrack_coeff: Fraction = 0.8  # c: length of each, relative to the one before
 
 
 class Batch(NamedTuple):
@@ -81,31 +83,25 @@ class Buffer:
         self.act = np.zeros((*shape, *act_space.shape), np.int64 if isinstance(act_space, Discrete) else np.float32)
         self.rew, self.terminated, self.done = (np.zeros(shape, np.float32) for _ in range(3))
         self.envs, self.steps = envs, 0
-        self.now = np.array([env.reset(seed=int(seeds.integers(2**31)))[0] for env in envs], np.float32)  # obs (N, obs_dim)
-        self.ep_ret, self.ep_len = np.zeros(len(envs)), np.zeros(len(envs), int)
-        i, n, limit = mpi.rank() * len(envs) + np.arange(len(envs)), mpi.size() * len(envs), envs[0].spec.max_episode_steps
-        self.first_len = (i + 1) * (limit or 0) // n  # 0 if there is no limit, or once it is over
+        for i, env in enumerate(envs, start=mpi.rank() * len(envs)):
+            env.reset(seed=int(seeds.integers(2**31)))
+            env.cut = (i + 1) * (env.spec.max_episode_steps or 0) // (mpi.size() * len(envs))
 
     def collect(self, ac):
         """Act for T steps in each environment. Returns the returns and the lengths of the episodes that ended."""
         ep_rets, ep_lens = [], []
         for t in range(len(self.obs)):
-            check_finite(self.steps, observation=self.now)
-            act = ac.sample(self.now)
-            self.obs[t], self.act[t] = self.now, act.cpu()
+            self.obs[t] = [env.obs for env in self.envs]
+            check_finite(self.steps, observation=self.obs[t])
+            act = ac.sample(self.obs[t])
+            self.act[t] = act.cpu()
             for i, (env, env_act) in enumerate(zip(self.envs, ac.to_env(act), strict=True)):
-                next_obs, rew, terminated, truncated, _ = env.step(env_act)
-                truncated = truncated or self.ep_len[i] + 1 == self.first_len[i]
-                self.rew[t, i], self.next_obs[t, i] = rew, next_obs
+                self.next_obs[t, i], self.rew[t, i], terminated, truncated, _ = env.step(env_act)
                 self.terminated[t, i], self.done[t, i] = terminated, terminated or truncated
-                self.ep_ret[i] += rew
-                self.ep_len[i] += 1
                 if terminated or truncated:
-                    ep_rets.append(self.ep_ret[i])
-                    ep_lens.append(self.ep_len[i])
-                    self.ep_ret[i], self.ep_len[i], self.first_len[i] = 0, 0, 0
-                    next_obs, _ = env.reset()
-                self.now[i] = next_obs
+                    ep_rets.append(env.ep_ret)
+                    ep_lens.append(env.ep_len)
+                    env.reset()
             self.steps += len(self.envs) * mpi.size()
             check_finite(self.steps, observation=self.next_obs[t], reward=self.rew[t])
         return ep_rets, ep_lens
@@ -372,10 +368,7 @@ def update(ac, optimizer, batch, args):
 
 def train(args):
     """Train as `args` (an Args) says and return the ActorCritic. Raises RunError for what cannot work."""
-    # the sizes named here have to be multiples of these numbers
-    check(args, (Box, Discrete), num_envs=mpi.size(), steps_per_epoch=args.num_envs, minibatch_size=mpi.size())
-    configure_torch(args)
-    seeds = mpi.seed_everything(args.seed)
+    seeds = set_up(args)
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(args.num_envs // mpi.size())]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
@@ -395,4 +388,4 @@ def train(args):
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    train(cli(Args))

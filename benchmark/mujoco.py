@@ -10,14 +10,14 @@ benchmark/studies/<suite>. The trained policies of VPG, TRPO and PPO, whose file
 three files test theirs: 10 episodes without noise.
 
 Started again after an interruption, the benchmark goes on where it was: runs whose curve is there with the same arguments
-are left out, runs that are finished in --data-dir are kept, and unfinished ones are resumed from their checkpoint. A change
-of the code is not noticed: delete the curves that it could have changed, and their runs. With another --results and another
---data-dir the benchmark is run anew; curves of the studies always go to benchmark/studies. A run of DDPG, TD3 or SAC takes an
-hour or more of one core, the others minutes.
+are left out, runs that are finished in --data-dir are kept, and unfinished ones are resumed from their checkpoint. Runs of
+other code than the script has now are made anew, with a line that says so. A curve whose run is gone keeps no code: delete the
+curves that a change of the code could have changed. With another --results and another --data-dir the benchmark is run anew;
+curves of the studies always go to benchmark/studies. A run of DDPG, TD3 or SAC takes an hour or more of one core, the others
+minutes.
 """
 
 import json
-import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ import tyro
 
 from benchmark import score
 from benchmark.sweep import Args as SweepArgs
-from benchmark.sweep import available_cores, execute, handle_signals, plan
+from benchmark.sweep import available_cores, execute, interruptible, plan
 from utils.evaluate import load_policy, play
 from utils.mpi import RunError
 from utils.plot import ASIDE
@@ -84,7 +84,8 @@ def planned(args):
 def same_arguments(config, args, but=()):
     """Whether the configuration of a run is that of `args` (an Args of its script), but for the names in `but`."""
     wanted = json.loads(json.dumps(asdict(args)))
-    return all(config.get(name, ...) == value for name, value in wanted.items() if name not in ASIDE - {"seed"} | set(but))
+    aside = ASIDE - {"seed"} | set(but)
+    return {name: value for name, value in wanted.items() if name not in aside}.items() <= config.items()
 
 
 def is_kept(run, folder):
@@ -121,7 +122,7 @@ def main(args):
 
     runs = planned(args)
     for run in runs:
-        if is_kept(run, folder):
+        if is_kept(run, folder) and not run.outdated:
             run.returncode = 0
         elif run.returncode == 0:  # finished, but not kept yet
             keep(run)
@@ -130,9 +131,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    handle_signals()
-    try:
+    with interruptible("python", "-m", "benchmark.mujoco", *sys.argv[1:]):
         sys.exit(main(tyro.cli(Args)))
-    except KeyboardInterrupt:
-        print(f"interrupted; to go on: {shlex.join(['python', '-m', 'benchmark.mujoco', *sys.argv[1:]])}", flush=True)
-        sys.exit(130)

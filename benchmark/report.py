@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from benchmark.mujoco import ENV_IDS, OFF_POLICY, ON_POLICY, same_arguments
 from benchmark.score import Experiment, experiments, load
 from utils.mpi import RunError
-from utils.plot import COLORS, STYLE, column, load_runs, plot, save
+from utils.plot import COLORS, STYLE, plot, save
+from utils.runs import load_runs
 
 FAMILIES = {"on-policy": ON_POLICY, "off-policy": OFF_POLICY}
 
@@ -54,8 +55,7 @@ class Cell:
             self.best, self.std = self.at_best.mean(), self.at_best.std()
             finals = rets[rets.index > 0.9 * rets.index[-1]].mean()
             self.final, self.final_std = finals.mean(), finals.std(ddof=0)
-            trained = np.array([run.trained for run in self.experiment.runs.values()])
-            self.trained, self.trained_std = trained.mean(), trained.std()
+            self.trained, self.trained_std = self.experiment.trained.mean(), self.experiment.trained.std()
             self.ratio = self.best / self.published
 
 
@@ -80,7 +80,8 @@ def load_cells(args):
     if not args.published.exists():
         raise RunError(f"--published {args.published}: there is no such file")
     published, found = pd.read_csv(args.published), {}
-    for experiment in sorted(experiments(load(args.results)), key=lambda experiment: -len(experiment.runs)):
+    runs = load(args.results) if any(args.results.glob("*.csv")) else []
+    for experiment in sorted(experiments(runs), key=lambda experiment: -len(experiment.runs)):
         config = experiment.config
         key = config["script"], config["env_id"]
         planned = config["script"] in ON_POLICY + OFF_POLICY and config["total_steps"] == args.total_steps
@@ -280,7 +281,7 @@ def study(suite, args):
     smooth, rows = 1 if "num_test_episodes" in runs[0].config else 10, []
     for env_id, name in sorted({(run.env_id, run.name) for run in runs}):
         there = [run for run in runs if (run.env_id, run.name) == (env_id, name)]
-        finals = [run.rows[column(run, "Performance")].tail(len(run.rows) // 10).mean() for run in there]
+        finals = [run.rows["Performance"].tail(len(run.rows) // 10).mean() for run in there]
         seeds = ", ".join(str(seed) for seed in sorted(run.config["seed"] for run in there))
         steps = f"{max(run.rows['TotalEnvInteracts'].iloc[-1] for run in there):,.0f}"
         rows.append([name, env_id, seeds, steps, with_deviation(np.mean(finals), np.std(finals), len(finals))])

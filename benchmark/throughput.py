@@ -32,7 +32,7 @@ import torch
 import tyro
 
 from benchmark.mujoco import OFF_POLICY, ON_POLICY
-from utils.logger import silence_environments
+from utils.envs import silence_environments
 
 PEERS = {"trpo.py": ("sb3_contrib", "TRPO"), "ppo.py": ("stable_baselines3", "PPO")}
 PEERS |= {f"{name.lower()}.py": ("stable_baselines3", name) for name in ("DDPG", "TD3", "SAC")}

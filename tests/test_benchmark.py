@@ -42,7 +42,7 @@ def benchmark(tmp_path, *options):
     return int(re.search(r"finished before: (\d+)", done.stdout)[1])
 
 
-def test_the_benchmark_makes_what_is_missing(tmp_path):
+def test_the_benchmark_makes_what_is_missing(tmp_path, capfd):
     options = ["--total-steps", 4000, "--seeds", 0, 1]
     assert benchmark(tmp_path, *options) == 0
     files = sorted(path.name for path in (tmp_path / "kept").iterdir())
@@ -79,6 +79,15 @@ def test_the_benchmark_makes_what_is_missing(tmp_path):
     assert [line.split(",")[:2] for line in again.splitlines()] == rets[files[0]]
     assert benchmark(tmp_path, "--total-steps", 2000, "--seeds", 1) == 0  # other arguments are another run
 
+    run_dir = tmp_path / "data/vpg_InvertedPendulum-v4/vpg_InvertedPendulum-v4_s0"
+    with open(run_dir / "vpg.py", "a") as copy:
+        copy.write("other = 'code'\n")
+    args = BenchmarkArgs(scripts=("vpg.py",), env_ids=("InvertedPendulum-v4",), seeds=(0, 1), total_steps=4000)
+    args.data_dir = str(tmp_path / "data")
+    assert [run.outdated for run in planned(args)] == [run_dir, None]
+    assert f"{run_dir}: was made by other code" in capfd.readouterr().err
+    assert benchmark(tmp_path, "--total-steps", 4000, "--seeds", 0) == 0 and run_dir.with_name(f"{run_dir.name}_1").is_dir()
+
 
 def test_an_interrupted_benchmark_resumes_its_run(tmp_path):
     command = [
@@ -96,7 +105,7 @@ def test_an_interrupted_benchmark_resumes_its_run(tmp_path):
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     run_dir = tmp_path / "data/vpg_InvertedPendulum-v4/vpg_InvertedPendulum-v4_s3"
     deadline = time.monotonic() + 120
-    while not list(run_dir.glob("checkpoint/*.pt")) and time.monotonic() < deadline:
+    while not list(run_dir.glob("checkpoint/*.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     assert "to go on: python -m benchmark.mujoco --scripts vpg.py" in process.communicate()[0]
@@ -199,7 +208,7 @@ def test_cells(results, capsys):
     assert "left out, other arguments or ranks: ppo.py Hopper-v4, seeds [0]" in errors
     assert "left out, not finished: ppo_Swimmer-v4_s0" in errors
     for seed in range(3):
-        assert re.search(rf"left out, .*ppo_Ant-v4_s{seed}.csv", errors)
+        assert re.search(rf"left out, .*ppo_Ant-v4_s{seed}", errors)
 
 
 def test_the_kind_of_run_with_the_most_seeds_is_the_cell(results, capsys):

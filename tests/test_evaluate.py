@@ -18,7 +18,8 @@ import torch
 from conftest import OFF_POLICY, ON_POLICY, ROOT, run, small, small_off_policy
 
 from utils import evaluate
-from utils.evaluate import Camera, Policy, film, load_policy, play
+from utils.envs import make_env
+from utils.evaluate import Camera, film, load_policy, play
 from utils.mpi import RunError
 
 
@@ -60,7 +61,7 @@ def digest(run_dir):
 
 def read(path):
     """The frames (T, height, width, 3) of an mp4 or a gif."""
-    return iio.imread(path, plugin="FFMPEG") if path.suffix == ".mp4" else iio.imread(path, index=None, mode="RGB")
+    return iio.imread(path, plugin="FFMPEG") if path.suffix.lower() == ".mp4" else iio.imread(path, index=None, mode="RGB")
 
 
 def change_config(run_dir, **changes):
@@ -174,8 +175,8 @@ def test_snapshots(runs, ppo_run):
     obs = torch.ones(1, 4)
     first, last, model = (policy.module.v(obs).item() for policy in (first, last, model))
     assert first != last == model
-    refused("--itr 7", "model_7.pt", "there are 0, 1, 2", run_dir=run_dir, itr=7)
-    refused("--itr 7", "--keep-checkpoints", run_dir=ppo_run, itr=7)
+    refused("model_7.pt does not exist", "model_0.pt, model_1.pt, model_2.pt", run_dir=run_dir, itr=7)
+    refused("model_7.pt does not exist", "--keep-checkpoints", run_dir=ppo_run, itr=7)
 
 
 def test_copied_script_under_another_name(tmp_path, monkeypatch):
@@ -200,10 +201,22 @@ def test_copied_script_under_another_name(tmp_path, monkeypatch):
     refused("ppo.py", "mine.weight", run_dir=home / "data/x/x_s0")
 
 
-def test_unknown_arguments_of_a_newer_version_are_left_out(ppo_run):
-    change_config(ppo_run, brand_new=[1, 2], device="cuda:7", resume="somewhere")
+def test_arguments_of_older_and_newer_versions_are_left_out(ppo_run):
+    change_config(ppo_run, fast_matmul=False, wandb_video=False, brand_new=[1, 2], device="cuda:7", resume="somewhere")
     env, act = load_policy(ppo_run)
     assert act.module.device == torch.device("cpu") and len(list(play(env, act))) == 1
+
+
+def test_other_code_than_the_run_s_is_said(ppo_run, capfd):
+    """In one line that names the run's copy, which is not executed; comments and layout do not count."""
+    source, copy = (ROOT / "ppo.py").read_text(), ppo_run / "ppo.py"
+    copy.write_text("# a comment\n" + source)
+    load_policy(ppo_run)
+    assert capfd.readouterr().err == ""
+    copy.write_text(source + f"\nopen({str(ppo_run / 'executed')!r}, 'w')\n")
+    env, act = load_policy(ppo_run)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert str(copy) in line and not (ppo_run / "executed").exists() and len(list(play(env, act))) == 1
 
 
 class Trap:
@@ -236,7 +249,7 @@ def test_nothing_of_the_run_directory_is_executed(ppo_run, monkeypatch):
     (ppo_run / "evil.py").write_text(f"open({str(trap)!r}, 'w')")
     for name in (str(ppo_run / "evil.py"), "../evil.py", "utils/mpi.py", "..\\evil.py", "evil.py", "", ".py"):
         change_config(ppo_run, script=name)
-        refused("script", run_dir=ppo_run)
+        refused("its script", run_dir=ppo_run)
     monkeypatch.syspath_prepend(ppo_run.parent)
     for name in ("copy.evil:CartPole-v1", "copy.evil.more:CartPole-v1"):
         change_config(ppo_run, script="ppo.py", env_id=name)
@@ -260,8 +273,8 @@ def test_nothing_of_the_run_directory_is_executed(ppo_run, monkeypatch):
         (lambda path: (path / "config.json").write_bytes(b"\xff\xfe\x00"), ["config.json"]),
         (lambda path: (path / "config.json").write_text("[]"), ["config.json"]),
         (lambda path: change_config(path, script=None), ["config.json"]),
-        (lambda path: change_config(path, env_id=None), ["config.json", "env_id"]),
-        (lambda path: change_config(path, env_id=3), ["config.json", "env_id"]),
+        (lambda path: change_config(path, env_id=None), ["on None", "cannot be loaded"]),
+        (lambda path: change_config(path, env_id=3), ["on 3", "cannot be loaded"]),
         (lambda path: change_config(path, script="gone.py"), ["gone.py", str(ROOT)]),
         (lambda path: change_config(path, env_id="Gone-v0"), ["Gone"]),
         (lambda path: change_config(path, env_id="gone_package:Gone-v0"), ["gone_package"]),
@@ -270,7 +283,7 @@ def test_nothing_of_the_run_directory_is_executed(ppo_run, monkeypatch):
         (lambda path: change_config(path, hidden_sizes=[8, 8]), ["size mismatch"]),
         (lambda path: change_config(path, hidden_sizes="wide"), ["cannot be loaded"]),
         (lambda path: change_config(path, activation="step"), ["cannot be loaded", "step"]),
-        (lambda path: (path / "model.pt").unlink(), ["no model.pt yet"]),
+        (lambda path: (path / "model.pt").unlink(), ["model.pt does not exist", "no model yet"]),
         (lambda path: (path / "model.pt").write_bytes(b""), ["model.pt", "damaged"]),
         (lambda path: (path / "model.pt").write_bytes((path / "model.pt").read_bytes()[:3000]), ["model.pt", "damaged"]),
         (lambda path: (path / "model.pt").write_text("no weights"), ["model.pt", "damaged"]),
@@ -286,8 +299,7 @@ def test_foreign_or_damaged_run_is_refused(ppo_run, harm, words):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(itr=9), "--itr 9"),
-        (dict(itr=-1), "--itr -1"),
+        (dict(itr=9), "model_9.pt"),
         (dict(episodes=0), "--episodes 0"),
         (dict(len=0), "--len 0"),
         (dict(seed=-1), "--seed -1"),
@@ -298,12 +310,33 @@ def test_foreign_or_damaged_run_is_refused(ppo_run, harm, words):
     ],
 )
 def test_bad_arguments_are_refused(ppo_run, monkeypatch, options, words):
-    monkeypatch.setattr(evaluate, "_choose_gl", lambda: None)
+    monkeypatch.setenv("MUJOCO_GL", "glfw")  # which loading would set
     monkeypatch.setattr(evaluate.sys, "platform", "linux")
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(RunError, match=re.escape(words)):
         evaluate.evaluate(evaluate.Args(ppo_run, **options))
+
+
+def test_what_environments_print_is_not_on_stdout_with_json(runs, tmp_path):
+    """Neither from Python nor from C."""
+    (tmp_path / "loud.py").write_text(
+        "import os, gymnasium as gym\nfrom conftest import Count\n\n\nclass Loud(Count):\n    def __init__(self, **options):\n"
+        "        os.write(1, b'from C')\n        print('from Python')\n        super().__init__(**options)\n\n\n"
+        "gym.register('Loud-v0', Loud)\n"
+    )
+    run_dir = shutil.copytree(runs(ON_POLICY[-1], env_id="conftest:Count-v0")[1], tmp_path / "copy")
+    change_config(run_dir, env_id="loud:Loud-v0")
+    path = f"{tmp_path}:{ROOT / 'tests'}"
+    done = run(sys.executable, "-m", "utils.evaluate", run_dir, "-n", 1, "--json", PYTHONPATH=path)
+    assert json.loads(done.stdout)["returns"] == [6.0] and done.stdout.count("\n") == 1, done
+    assert "from C" in done.stderr and "from Python" in done.stderr and "episode 0  return 6.00" in done.stderr
+
+
+def test_rewards_of_any_type_are_summed_as_python_floats(runs):
+    env, act = load_policy(runs(ON_POLICY[-1], env_id="conftest:Count-v0")[1])
+    env.env = gym.wrappers.TransformReward(env.env, lambda rew: np.array([0.1], np.float16))
+    assert list(play(env, act)) == [(3 * float(np.float16(0.1)), 3)]
 
 
 def test_error_is_one_line_without_traceback(ppo_run):
@@ -333,30 +366,37 @@ class Clock(gym.Env):
         return np.full((600, 800, 3), self.t % 250, np.uint8)
 
 
+gym.register("Clock-v0", Clock)
+
+
+@pytest.fixture
+def clock():
+    return make_env("Clock-v0")
+
+
 @pytest.mark.parametrize(
     "name, seconds, fps, shape",
-    [("film.mp4", 2, 50, (360, 480, 3)), ("film.gif", 2, 25, (180, 240, 3)), ("film.gif", 20, 25, None)],
+    [("film.mp4", 2, 50, (360, 480, 3)), ("film.GIF", 2, 25, (180, 240, 3)), ("film.gif", 20, 25, None)],
 )
-def test_film_keeps_time_and_stays_small(tmp_path, name, seconds, fps, shape):
+def test_film_keeps_time_and_stays_small(clock, tmp_path, name, seconds, fps, shape):
     """Frame i shows what the clock showed i / fps seconds after the reset; a gif ends after 10 seconds."""
     steps = 100 * seconds
-    assert film(Clock(), lambda obs, deterministic: 0, tmp_path / name, max_len=steps) == [(float(steps), steps)]
+    assert film(clock, lambda obs, deterministic: 0, tmp_path / name, max_len=steps) == [(float(steps), steps)]
     meta = iio.immeta(tmp_path / name)
     frames = read(tmp_path / name)
-    assert len(frames) == min(seconds * fps + 1, 10 * fps if name.endswith("gif") else 10**9)
+    assert len(frames) == min(seconds * fps + 1, 10 * fps if name.lower().endswith("gif") else 10**9)
     assert meta.get("fps", 1000 / meta.get("duration", 1000 / fps)) == pytest.approx(fps)
     assert shape is None or frames.shape[1:] == shape
-    clock = np.arange(len(frames)) * (100 / fps) % 250
-    assert frames.mean((1, 2, 3)) == pytest.approx(clock, abs=6)
+    assert frames.mean((1, 2, 3)) == pytest.approx(np.arange(len(frames)) * (100 / fps) % 250, abs=6)
 
 
 def test_film_of_mujoco(runs, gl, tmp_path):
     """Hopper: the picture is no single colour and moves. The command finds MUJOCO_GL itself."""
     run_dir = runs(ON_POLICY[-1], env_id="Hopper-v4")[1]
-    before, mp4, gif = digest(run_dir), tmp_path / "film.mp4", tmp_path / "film.gif"
+    before, mp4, gif = digest(run_dir), tmp_path / "film.MP4", tmp_path / "film.gif"
     command = [sys.executable, "-m", "utils.evaluate", run_dir, "-n", 3, "-l", 12, "--video", mp4]
     done = run("env", "-u", "MUJOCO_GL", "-u", "DISPLAY", *command)
-    assert done.returncode == 0 and done.stderr == "" and "film.mp4: 0.3 s" in done.stdout, done.stderr
+    assert done.returncode == 0 and done.stderr == "" and "film.MP4: 0.3 s" in done.stdout, done.stderr
     env, act = load_policy(run_dir, render_mode="rgb_array")
     assert film(env, act, gif, episodes=3, max_len=12) == list(play(*load_policy(run_dir), episodes=3, max_len=12))
     env.close()
@@ -395,43 +435,39 @@ def test_no_opengl_is_said_in_one_line(runs, tmp_path):
     assert done.returncode == 1 and len(lines) == 1 and "libosmesa6" in lines[0] and "libegl1" in lines[0], done.stderr
 
 
-def test_first_library_that_draws_is_chosen(monkeypatch):
-    tried = []
-
-    def probe(command, env, **options):
-        tried.append(env["MUJOCO_GL"])
-        return subprocess.CompletedProcess(command, 0 if env["MUJOCO_GL"] == "osmesa" else 1)
-
-    monkeypatch.setattr(evaluate.subprocess, "run", probe)
+@pytest.mark.parametrize(
+    "there, before, expected",
+    [(["EGL", "OSMesa"], None, "egl"), (["OSMesa"], None, "osmesa"), ([], None, None), (["EGL"], "glfw", "glfw")],
+)
+def test_the_library_that_is_there_is_chosen(ppo_run, monkeypatch, there, before, expected):
+    monkeypatch.setattr(evaluate.ctypes.util, "find_library", lambda name: name if name in there else None)
     monkeypatch.setattr(evaluate.sys, "platform", "linux")
-    monkeypatch.setenv("MUJOCO_GL", "")  # so that monkeypatch puts back what was there
-    monkeypatch.delenv("MUJOCO_GL")
-    evaluate._choose_gl()
-    assert tried == ["egl", "osmesa"] and evaluate.os.environ["MUJOCO_GL"] == "osmesa"
-    evaluate._choose_gl()
-    assert len(tried) == 2
+    monkeypatch.setenv("MUJOCO_GL", before or "")  # so that monkeypatch puts back what was there
+    if before is None:
+        monkeypatch.delenv("MUJOCO_GL")
+    load_policy(ppo_run, render_mode="rgb_array")
+    assert evaluate.os.environ.get("MUJOCO_GL") == expected
 
 
 @pytest.mark.parametrize("name", ["film.mp4", "film.gif"])
-def test_film_on_a_full_disk(tmp_path, name):
+def test_film_on_a_full_disk(clock, tmp_path, name):
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", tmp_path], capture_output=True)
     if mounted.returncode:
         pytest.skip("a file system of limited size takes the right to mount one")
     try:
-        with pytest.raises(RunError, match=f"{name}: cannot be written"):
-            film(Clock(), lambda obs, deterministic: 0, tmp_path / name, max_len=200)
+        with pytest.raises(RunError, match=f"{name}: cannot be filmed"):
+            film(clock, lambda obs, deterministic: 0, tmp_path / name, max_len=200)
     finally:
-        subprocess.run(["umount", tmp_path], check=True)
+        subprocess.run(["umount", "-l", tmp_path], check=True)  # the writer that failed may still hold its file
 
 
-def test_camera_that_breaks_down(tmp_path):
-    clock, act = Clock(), Policy(None, True)
+def test_camera_that_breaks_down(clock, tmp_path):
     with pytest.raises(RunError, match="end in .mp4 or .gif"):
         Camera(clock, "x.png")
-    clock.render = lambda: 1 / 0
-    with pytest.raises(RunError, match="x.gif: the environment cannot be drawn: division by zero$"):
-        film(clock, act, tmp_path / "x.gif")
-    clock.render_mode = None
+    clock.unwrapped.render = lambda: 1 / 0
+    with pytest.raises(RunError, match="x.gif: cannot be filmed: division by zero$"):
+        film(clock, lambda obs, deterministic: 0, tmp_path / "x.gif")
+    clock.unwrapped.render_mode = None
     with pytest.raises(RunError, match="render_mode='rgb_array'"):
-        film(clock, act, tmp_path / "x.gif")
+        film(clock, lambda obs, deterministic: 0, tmp_path / "x.gif")
     assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,8 @@ import ppo
 import trpo
 import vpg
 from utils import mpi
+from utils.envs import make_env
+from utils.logger import set_up
 
 GAMMA, LAM = 0.9, 0.8
 
@@ -21,7 +23,7 @@ GAMMA, LAM = 0.9, 0.8
 def make(script, env_id, num_envs, num_steps, max_ep_len=None, **changes):
     torch.manual_seed(0)
     args = small(script, "unused", gamma=GAMMA, lam=LAM, norm_obs=False, **changes)
-    envs = [gym.make(env_id, max_episode_steps=max_ep_len) for _ in range(num_envs)]
+    envs = [make_env(env_id, max_ep_len) for _ in range(num_envs)]
     ac = script.ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     buffer = script.Buffer(envs, num_steps, np.random.default_rng(0))
     return args, ac, buffer
@@ -73,12 +75,12 @@ def test_cut_by_the_end_of_the_batch(script):
 def test_two_environments_out_of_phase(script):
     """Episodes of 3 and of 2 steps side by side, 4 steps of each: every column is that of its environment alone."""
     args, ac, _ = make(script, "Count-v0", 1, 4)
-    envs = [gym.make("Count-v0", length=3), gym.make("Count-v0", length=2)]
+    envs = [make_env("Count-v0", length=3), make_env("Count-v0", length=2)]
     both = script.Buffer(envs, 4, np.random.default_rng(0))
     both.collect(ac)
     _, ret = returns(script, args, ac, both.batch(ac))
     for i in range(2):
-        alone = script.Buffer([gym.make("Count-v0", length=3 - i)], 4, np.random.default_rng(0))
+        alone = script.Buffer([make_env("Count-v0", length=3 - i)], 4, np.random.default_rng(0))
         alone.collect(ac)
         _, expected = returns(script, args, ac, alone.batch(ac))
         assert torch.allclose(ret[:, i], expected[:, 0], atol=1e-4)
@@ -88,7 +90,7 @@ def test_two_environments_out_of_phase(script):
 def test_first_episodes_end_at_different_times(script):
     """4 environments with a limit of 8: their first episodes are truncated after 2, 4, 6, 8 steps, all later ones after 8."""
     args, ac, _ = make(script, "Count-v0", 1, 4)
-    envs = [gym.make("Count-v0", length=100, max_episode_steps=8) for _ in range(4)]
+    envs = [make_env("Count-v0", 8, length=100) for _ in range(4)]
     buffer = script.Buffer(envs, 24, np.random.default_rng(0))
     assert sorted(buffer.collect(ac)[1]) == [2, 4, 6] + [8] * 9
     assert [(np.flatnonzero(done) + 1).tolist() for done in buffer.done.T] == [[2, 10, 18], [4, 12, 20], [6, 14, 22], [8, 16, 24]]
@@ -320,8 +322,9 @@ def test_first_episodes_of_another_rank(script, monkeypatch):
     """Those of 4 environments, two on each rank, end after 2, 4, 6 and 8 of 8 steps."""
     monkeypatch.setattr(mpi, "rank", lambda: 1)
     monkeypatch.setattr(mpi, "size", lambda: 2)
-    envs = [gym.make("Count-v0", max_episode_steps=8) for _ in range(2)]
-    assert script.Buffer(envs, 4, np.random.default_rng(0)).first_len.tolist() == [6, 8]
+    envs = [make_env("Count-v0", 8) for _ in range(2)]
+    script.Buffer(envs, 4, np.random.default_rng(0))
+    assert [env.cut for env in envs] == [6, 8]
 
 
 @pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY, ids=lambda script: script.__name__)
@@ -329,8 +332,9 @@ def test_all_environments_of_all_ranks_start_differently(script, monkeypatch):
     now = []
     for rank in range(2):
         monkeypatch.setattr(mpi, "rank", lambda rank=rank: rank)
-        seeds, envs = mpi.seed_everything(0), [gym.make("Pendulum-v1") for _ in range(2)]
-        now += (script.Buffer if script in ON_POLICY else script.ReplayBuffer)(envs, 4, seeds).now.tolist()
+        seeds, envs = mpi.seed_everything(0), [make_env("Pendulum-v1") for _ in range(2)]
+        (script.Buffer if script in ON_POLICY else script.ReplayBuffer)(envs, 4, seeds)
+        now += [env.obs.tolist() for env in envs]
     assert len(set(map(tuple, now))) == 4
 
 
@@ -494,6 +498,6 @@ def test_copied_estimate_of_the_kl_is_one_text():
 
 
 def test_every_argument_is_read(script):
-    source = inspect.getsource(script)
-    for name in script.Args.__annotations__:
+    source = inspect.getsource(script) + inspect.getsource(set_up)
+    for name in script.Args.__annotations__.keys() - {"action_spaces"}:
         assert f"args.{name}" in source, name

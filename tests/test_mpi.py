@@ -170,7 +170,7 @@ def test_epoch_without_an_ended_episode_is_blank_on_two_ranks(tmp_path):
     done = mpirun(ROOT / "ppo.py", *options, "--data-dir", tmp_path, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     first, second = rows(tmp_path / "x/x_s0")
-    assert first["AverageEpRet"] == first["EpLen"] == "" and second["AverageEpRet"] == "6.0"
+    assert first["AverageEpRet"] == first["AverageEpLen"] == "" and second["AverageEpRet"] == "6.0"
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -265,7 +265,7 @@ gathered = mpi.gather([1.0, 2.0] if mpi.rank() == 0 else [3.0] * (mpi.size() - 1
 ppo.train(ppo.Args(env_id="CartPole-v1", total_steps=800, steps_per_epoch=200, num_envs=2, minibatch_size=50, target_kl=0.004,
                    data_dir=sys.argv[1], exp_name=f"n{mpi.size()}"))
 steps = sum(size in (25, 50) for size in sizes)
-pathlib.Path(sys.argv[1], f"{mpi.size()}_{mpi.rank()}.txt").write_text(f"{steps} {own_kls} {list(gathered)}")
+pathlib.Path(sys.argv[1], f"{mpi.size()}_{mpi.rank()}.txt").write_text(f"{steps} {own_kls} {gathered}")
 """
     (tmp_path / "program.py").write_text(program)
     done = mpirun(tmp_path / "program.py", tmp_path, PYTHONPATH=str(ROOT))
@@ -274,21 +274,12 @@ pathlib.Path(sys.argv[1], f"{mpi.size()}_{mpi.rank()}.txt").write_text(f"{steps}
     passes = [int(row["StopIter"]) for row in rows(tmp_path / "n2/n2_s0")]
     assert steps == other_steps and int(steps) == 4 * sum(passes) and first != second
     assert min(passes) < 10  # the early stop was met
-    assert "[1.0, 2.0, 3.0]" in first.replace("np.float64(", "").replace(")", "")
-
-
-def test_film_for_wandb(tmp_path):
-    """Made in a process that is no rank, though it inherits the environment of one."""
-    pytest.importorskip("wandb")
-    options = [*SMALL, "--env-id", "Hopper-v4", "--track", "--wandb-video", "--data-dir", tmp_path]
-    done = mpirun(ROOT / "ppo.py", *options, cwd=tmp_path, WANDB_MODE="offline")
-    assert done.returncode == 0 and "W&B:" not in done.stderr, done.stderr
-    assert (tmp_path / "ppo_Hopper-v4/ppo_Hopper-v4_s0/video.mp4").stat().st_size > 1000
+    assert "[[1.0, 2.0], [3.0]]" in first
 
 
 @pytest.mark.parametrize("blocked", ["mpi4py", "wandb"])
 def test_runs_without_the_optional_packages(tmp_path, blocked):
-    program = f"import sys; sys.modules[{blocked!r}] = None; import ppo, tyro; ppo.train(tyro.cli(ppo.Args))"
+    program = f"import sys; sys.modules[{blocked!r}] = None; import ppo; ppo.train(ppo.cli(ppo.Args))"
     done = run(sys.executable, "-c", program, *SMALL, "--env-id", "CartPole-v1", "--data-dir", tmp_path)
     assert done.returncode == 0, done.stderr
 
@@ -319,8 +310,8 @@ ac = script.train(script.Args(env_id="Pendulum-v1", total_steps=400, steps_per_e
                               max_ep_len=30, data_dir=sys.argv[1]))
 state = b"".join(tensor.numpy().tobytes() for tensor in ac.state_dict().values())
 (buffer,) = buffers
-report = [hashlib.sha256(state).hexdigest(), len(sizes), set(sizes), len(buffer.arrays.obs), buffer.stored, buffer.steps]
-pathlib.Path(sys.argv[1], f"{{mpi.rank()}}.txt").write_text(f"{{report}}|{{buffer.arrays.act.sum()}}")
+report = [hashlib.sha256(state).hexdigest(), len(sizes), set(sizes), len(buffer.obs), buffer.stored, buffer.steps]
+pathlib.Path(sys.argv[1], f"{{mpi.rank()}}.txt").write_text(f"{{report}}|{{buffer.act.sum()}}")
 """
     (tmp_path / "program.py").write_text(program)
     done = mpirun(tmp_path / "program.py", tmp_path, PYTHONPATH=str(ROOT))
@@ -330,7 +321,7 @@ pathlib.Path(sys.argv[1], f"{{mpi.rank()}}.txt").write_text(f"{{report}}|{{buffe
     updates = 400 - 48  # blocks of 8 steps, the smallest multiple of 2 that is not below 7: the 7th is the first to reach 50
     assert report.split(", ", 1)[1] == f"{updates}, {{10}}, 150, 200, 400]"
     table = rows(tmp_path / f"{script.__name__}_Pendulum-v1/{script.__name__}_Pendulum-v1_s0")
-    assert [row["TotalEnvInteracts"] for row in table] == ["200", "400"] and table[0]["TestEpLen"] == "30.0"
+    assert [row["TotalEnvInteracts"] for row in table] == ["200", "400"] and table[0]["AverageTestEpLen"] == "30.0"
 
 
 @pytest.mark.parametrize("script", OFF_POLICY, ids=lambda script: script.__name__)

@@ -18,7 +18,8 @@ import ddpg
 import sac
 import td3
 from utils import mpi
-from utils.logger import make_env
+from utils.envs import make_env
+from utils.logger import set_up
 from utils.mpi import RunError
 
 LOW, HIGH = np.array([-1.0, 0.0], np.float32), np.array([3.0, 0.5], np.float32)
@@ -178,7 +179,7 @@ def test_target_and_predictions_inside_update(script, monkeypatch):
     assert len(seen) == 1 and target.tolist() == pytest.approx(expected_target, rel=1e-6)
     assert not target.requires_grad
     assert torch.stack(predictions).tolist() == [pytest.approx(q) for q in expected]
-    assert metrics["LossQ"] == [pytest.approx(((expected - expected_target) ** 2).mean(1).sum(), rel=1e-6)]
+    assert metrics["LossQ"] == pytest.approx(((expected - expected_target) ** 2).mean(1).sum(), rel=1e-6)
 
 
 def assert_step(learner, module, loss):
@@ -207,10 +208,10 @@ def test_metrics(script):
     names = ["QVals"] if script is ddpg else ["Q1Vals", "Q2Vals"]
     expected = values(learner.ac.q, learner.arrays.obs, learner.arrays.act)
     assert [got[name] for name in names] == [pytest.approx(val) for val in expected]
-    assert got["LossPi"] == [pytest.approx(learner.policy_loss())]
+    assert got["LossPi"] == pytest.approx(learner.policy_loss())
     if script is sac:
         _, logp = squash(*np.split(forward(learner.ac.pi.net, learner.arrays.obs), 2, -1), learner.noise[1])
-        assert got["LogPi"] == [pytest.approx(logp.mean())] and got["Alpha"] == [pytest.approx(0.2)]
+        assert got["LogPi"] == pytest.approx(logp.mean()) and got["Alpha"] == pytest.approx(0.2)
 
 
 def test_learning_rates(script, tmp_path, monkeypatch):
@@ -358,7 +359,7 @@ def fill(script, envs, size, num_steps, start_steps=0):
         to_env=lambda act: np.zeros((len(envs), 2), np.float32),
     )
     buffer = script.ReplayBuffer(envs, size, np.random.default_rng(0))
-    return buffer, buffer.collect(ac, num_steps, start_steps)
+    return buffer, buffer.collect(ac, num_steps * len(envs), start_steps)
 
 
 def stored(buffer, draws=3000):
@@ -379,13 +380,13 @@ def transitions(env, length, num_steps, terminates=True):
 @pytest.mark.parametrize("num_steps", [1, 3, 5, 6, 12, 13])
 def test_buffer_holds_exactly_the_last_transitions(script, num_steps):
     """Five places; no transition leads from an episode's end into the next one, and empty places are never drawn."""
-    buffer, _ = fill(script, [gym.make("Count-v0")], 5, num_steps)
+    buffer, _ = fill(script, [make_env("Count-v0")], 5, num_steps)
     assert set(stored(buffer)) == set(transitions(0, 3, num_steps)[-5:])
 
 
 def test_every_stored_transition_is_drawn_equally_often(script):
     for num_steps in (7, 20, 33):  # a part, all and more than what fits
-        buffer, _ = fill(script, [gym.make("Count-v0")], 20, num_steps)
+        buffer, _ = fill(script, [make_env("Count-v0")], 20, num_steps)
         counts, n = list(stored(buffer, 20_000).values()), min(num_steps, 20)
         chi_squared = ((np.array(counts) - 20_000 / n) ** 2 / (20_000 / n)).sum()
         assert len(counts) == n and chi_squared < 44  # 99.9% of them for n = 20
@@ -393,37 +394,37 @@ def test_every_stored_transition_is_drawn_equally_often(script):
 
 def test_truncated_is_not_terminated(script):
     """A limit of 2 steps: the last observation of each episode is the 2 that was seen, not the 0 after the reset."""
-    buffer, log = fill(script, [gym.make("Count-v0", max_episode_steps=2)], 100, 7)
+    buffer, log = fill(script, [make_env("Count-v0", 2)], 100, 7)
     assert set(stored(buffer)) == set(transitions(0, 2, 7, terminates=False))
     assert log == ([3.0] * 3, [2] * 3)
 
 
 def test_termination_at_the_time_limit_is_termination(script):
-    buffer, _ = fill(script, [gym.make("Count-v0", max_episode_steps=3)], 100, 6)
+    buffer, _ = fill(script, [make_env("Count-v0", 3)], 100, 6)
     assert set(stored(buffer)) == set(transitions(0, 3, 6))
 
 
 def test_environments_out_of_phase(script):
     """Episodes of 3 and of 2 steps side by side; the ring of 9 is no multiple of their number."""
-    buffer, (ep_rets, ep_lens) = fill(script, [gym.make("Count-v0", length=3), gym.make("Count-v0", length=2)], 9, 7)
+    buffer, (ep_rets, ep_lens) = fill(script, [make_env("Count-v0", length=3), make_env("Count-v0", length=2)], 9, 7)
     both = [x for pair in zip(transitions(0, 3, 7), transitions(1, 2, 7), strict=True) for x in pair]
     assert set(stored(buffer)) == set(both[-9:])
     assert (ep_rets, ep_lens) == ([3, 6, 3, 6, 3], [2, 3, 2, 3, 2]) and buffer.steps == 14
 
 
 def test_episodes_go_on_across_calls(script):
-    envs = [gym.make("Count-v0", length=3), gym.make("Count-v0", length=2)]
+    envs = [make_env("Count-v0", length=3), make_env("Count-v0", length=2)]
     ac = SimpleNamespace(sample=lambda obs: torch.zeros(2, 2), to_env=lambda act: act.numpy())
     buffer = script.ReplayBuffer(envs, 50, np.random.default_rng(0))
-    logs = [tuple(buffer.collect(ac, 1, 0)) for _ in range(6)]
+    logs = [tuple(buffer.collect(ac, 2 * (k + 1), 0)) for k in range(6)]
     assert logs == [([], []), ([3], [2]), ([6], [3]), ([3], [2]), ([], []), ([6, 3], [3, 2])]
 
 
 def test_policy_sees_what_the_environment_shows(script):
     seen = []
     ac = SimpleNamespace(sample=lambda obs: seen.append(obs.copy()) or torch.zeros(2, 2), to_env=lambda act: act.numpy())
-    envs = [gym.make("Count-v0", length=3), gym.make("Count-v0", max_episode_steps=2)]
-    script.ReplayBuffer(envs, 50, np.random.default_rng(0)).collect(ac, 5, 0)
+    envs = [make_env("Count-v0", length=3), make_env("Count-v0", 2)]
+    script.ReplayBuffer(envs, 50, np.random.default_rng(0)).collect(ac, 10, 0)
     assert np.array(seen)[:, :, 0].T.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 0]]
 
 
@@ -451,7 +452,7 @@ def refuse(obs):
 
 
 def test_first_actions_are_uniform_in_the_whole_box(script):
-    env, ac = gym.make("Asymmetric-v0"), acting(script)
+    env, ac = make_env("Asymmetric-v0"), acting(script)
     ac.sample = refuse
     script.ReplayBuffer([env], 10, np.random.default_rng(0)).collect(ac, 4000, 4000)
     act = np.array(env.unwrapped.actions)
@@ -464,11 +465,11 @@ def test_first_actions_are_uniform_in_the_whole_box(script):
 
 def test_policy_takes_over_after_the_first_actions(script):
     """10 steps of 2 environments, in two calls: 5 actions of each are random, and the others the policy's."""
-    envs, ac = [gym.make("Asymmetric-v0") for _ in range(2)], acting(script)
+    envs, ac = [make_env("Asymmetric-v0") for _ in range(2)], acting(script)
     ac.sample = lambda obs: torch.tensor([[0.5, -0.25]] * len(obs))
     buffer = script.ReplayBuffer(envs, 100, np.random.default_rng(0))
-    for _ in range(2):
-        buffer.collect(ac, 4, start_steps=10)
+    for until in (8, 16):
+        buffer.collect(ac, until, start_steps=10)
     for env in envs:
         from_policy = [act == pytest.approx([2.0, 0.1875]) for act in env.unwrapped.actions]
         assert from_policy == [False] * 5 + [True] * 3
@@ -479,14 +480,14 @@ def test_first_actions_are_those_of_all_ranks_together(script, monkeypatch):
     asked = []
     ac = SimpleNamespace(sample=lambda obs: asked.append(1) or torch.zeros(1, 2), to_env=lambda act: np.zeros((1, 2), np.float32))
     monkeypatch.setattr(mpi, "size", lambda: 2)
-    script.ReplayBuffer([gym.make("Count-v0")], 50, np.random.default_rng(0)).collect(ac, 8, 10)
+    script.ReplayBuffer([make_env("Count-v0")], 50, np.random.default_rng(0)).collect(ac, 16, 10)
     assert len(asked) == 3
 
 
 @pytest.mark.parametrize("start_steps", [0, 20])
 def test_buffer_holds_the_action_within_minus_one_and_one(script, start_steps):
     """Random or the policy's own, with its noise: what the environment got, in units of its box."""
-    env, ac = gym.make("Asymmetric-v0"), acting(script)
+    env, ac = make_env("Asymmetric-v0"), acting(script)
     buffer = script.ReplayBuffer([env], 20, np.random.default_rng(0))
     buffer.collect(ac, 20, start_steps)
     act = np.unique(buffer.sample(2000, torch.device("cpu")).act.numpy(), axis=0)
@@ -649,9 +650,9 @@ def test_test_episodes_are_deterministic_and_counted_right(script):
             assert deterministic and obs.shape == (1, 1)
             return np.zeros((1, 2), np.float32)
 
-    assert script.test(Policy(), gym.make("Count-v0"), 2) == ([6.0, 6.0], [3, 3])
-    assert script.test(Policy(), gym.make("Count-v0", max_episode_steps=2), 1) == ([3.0], [2])
-    assert script.test(Policy(), gym.make("Count-v0"), 0) == ([], [])
+    assert script.test(Policy(), make_env("Count-v0"), 2) == ([6.0, 6.0], [3, 3])
+    assert script.test(Policy(), make_env("Count-v0", 2), 1) == ([3.0], [2])
+    assert script.test(Policy(), make_env("Count-v0"), 0) == ([], [])
 
 
 def test_ranks_share_the_test_episodes(script, monkeypatch):
@@ -659,7 +660,7 @@ def test_ranks_share_the_test_episodes(script, monkeypatch):
     monkeypatch.setattr(mpi, "size", lambda: 2)
     for rank in range(2):
         monkeypatch.setattr(mpi, "rank", lambda rank=rank: rank)
-        shares.append(len(script.test(ac, gym.make("Count-v0"), 3)[0]))
+        shares.append(len(script.test(ac, make_env("Count-v0"), 3)[0]))
     assert shares == [2, 1]
 
 
@@ -669,10 +670,11 @@ def test_test_episodes_leave_the_training_alone(script, tmp_path):
         networks.append(script.train(small_off_policy(script, tmp_path, exp_name=f"x{n}", num_test_episodes=n)))
         tables.append(rows(tmp_path / f"x{n}/x{n}_s0"))
     columns = {name for name in tables[0][0] if "Test" in name}
-    assert columns == {*"AverageTestEpRet StdTestEpRet MaxTestEpRet MinTestEpRet TestEpLen".split()}
+    assert columns == {*"AverageTestEpRet StdTestEpRet MaxTestEpRet MinTestEpRet".split()} | {
+        *"AverageTestEpLen StdTestEpLen MaxTestEpLen MinTestEpLen".split()}
     assert {row[name] for row in tables[0] for name in columns} == {""}
     assert all(float(row["MinTestEpRet"]) <= float(row["AverageTestEpRet"]) < 0 for row in tables[1])
-    assert {row["TestEpLen"] for row in tables[1]} == {"50.0"}
+    assert {row["AverageTestEpLen"] for row in tables[1]} == {"50.0"}
     without = [[{name: row[name] for name in row if name not in columns} for row in table] for table in tables]
     assert without[0] == without[1] and len(without[0]) == 2
     assert all(torch.equal(a, b) for a, b in zip(*(ac.parameters() for ac in networks), strict=True))
@@ -710,7 +712,7 @@ def test_learns(script, tmp_path, env_id, goal, changes):
     """A random policy gets -1200 on Pendulum and 6 on InvertedPendulum, where every step pays 1 until it falls."""
     options = dict(hidden_sizes=(64, 64), batch_size=64, polyak=0.98, num_test_episodes=0, seed=0)
     ac = script.train(script.Args(env_id=env_id, data_dir=str(tmp_path), **options, **changes))
-    assert np.mean(script.test(ac, gym.make(env_id), 10)[0]) > goal
+    assert np.mean(script.test(ac, make_env(env_id), 10)[0]) > goal
 
 
 def test_discrete_actions_are_refused(script, tmp_path):
@@ -740,6 +742,6 @@ def test_td3_shares_its_policy_with_ddpg():
 
 
 def test_every_argument_is_read(script):
-    source = inspect.getsource(script) + inspect.getsource(make_env)
-    for name in script.Args.__annotations__:
+    source = inspect.getsource(script) + inspect.getsource(make_env) + inspect.getsource(set_up)
+    for name in script.Args.__annotations__.keys() - {"action_spaces"}:
         assert f"args.{name}" in source, name

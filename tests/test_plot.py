@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +15,8 @@ from matplotlib import image, pyplot
 
 from utils import plot as plotting
 from utils.mpi import RunError
-from utils.plot import Args, Run, average, column, curve, group_runs, load_runs, main, one_per_seed, plot, smoothed
+from utils.plot import LOOKS, Args, average, curve, group_runs, load_runs, main, one_per_seed, plot
+from utils.runs import Run
 
 
 def write(path, returns, steps=None, **config):
@@ -31,8 +33,9 @@ def write(path, returns, steps=None, **config):
 def memory(returns, steps=None, name="ppo", run_dir="x_s0", **config):
     """A Run in memory."""
     steps = steps or [1000 * (k + 1) for k in range(len(returns))]
-    rows = pd.DataFrame(dict(AverageEpRet=returns, TotalEnvInteracts=steps), dtype=float)
-    return Run(Path(run_dir), dict(env_id="X-v0", seed=0) | config, rows, name)
+    rows = pd.DataFrame(dict(AverageEpRet=returns, Performance=returns, TotalEnvInteracts=steps), dtype=float)
+    config = dict(env_id="X-v0", seed=0) | config
+    return Run(Path(run_dir), config, config["env_id"], name, rows)
 
 
 def data(ax):
@@ -44,64 +47,62 @@ def legend(fig):
     return [text.get_text() for text in fig.legends[0].get_texts()]
 
 
-def cli(*options, **env):
-    return run(sys.executable, "-m", "utils.plot", *options, **env)
+def points(run, xaxis="TotalEnvInteracts", value="Performance", smooth=1):
+    """x and y of a run's curve."""
+    y = curve(run, xaxis, value, smooth)
+    return y.index.tolist(), y.tolist()
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 7])
 def test_smoothing_is_the_reference_convolution(window):
     y = np.random.default_rng(0).normal(size=9)
     convolve = lambda a: np.convolve(a, np.ones(window), "same")  # noqa: E731
-    np.testing.assert_allclose(smoothed(y, window), convolve(y) / convolve(np.ones(9)), atol=1e-12)
+    np.testing.assert_allclose(points(memory(y), smooth=window)[1], convolve(y) / convolve(np.ones(9)), atol=1e-12)
 
 
 def test_smoothing_skips_blanks_and_stays_within_the_rows():
     nan = np.nan
-    np.testing.assert_array_equal(smoothed(np.array([1, nan, 3, nan, nan]), 3), [1, 2, 3, 3, nan])
-    np.testing.assert_array_equal(smoothed(np.array([1.0, 2, 6]), 11), [3, 3, 3])
-    np.testing.assert_array_equal(smoothed(np.array([1e20, 0, 0, 5, 7, 0]), 2)[3:], [2.5, 6, 3.5])  # no running sum's debris
+    assert points(memory([1, nan, 3, nan, nan]), smooth=3) == ([1000, 2000, 3000, 4000], [1, 2, 3, 3])
+    assert points(memory([1.0, 2, 6]), smooth=11)[1] == [3, 3, 3]
+    assert points(memory([1e20, 0, 0, 5, 7, 0]), smooth=2)[1][3:] == [2.5, 6, 3.5]  # no running sum's debris
 
 
-def test_average_of_equal_rows():
-    x = np.array([1.0, 2])
-    grid, line, low, high = average([(x, np.array([1.0, 2])), (x, np.array([3.0, 10]))])
-    assert (grid.tolist(), line.tolist(), low.tolist(), high.tolist()) == ([1, 2], [2, 6], [1, 2], [3, 10])
+def averaged(curves, **options):
+    """Lists x, line, low, high of the average of curves {x: y}."""
+    return [array.tolist() for array in average([pd.Series(xy, dtype=float) for xy in curves], **options)]
 
 
-def test_average_of_ragged_rows_interpolates_and_is_cut_at_the_shortest():
-    a = np.array([0.0, 10, 20]), np.array([0.0, 10, 20])
-    b = np.array([5.0, 15, 40]), np.array([5.0, 25, 100])  # 5 at 5, 15 at 10, 25 at 15, 40 at 20
-    x, line, low, high = average([a, b])
-    assert x.tolist() == [5, 10, 15, 20]
-    assert line.tolist() == [5, 12.5, 20, 30]
-    assert (high - line).tolist() == (line - low).tolist() == [0, 2.5, 5, 10]
+def test_average_interpolates_and_is_cut_at_the_shortest():
+    assert averaged([{1: 1, 2: 2}, {1: 3, 2: 10}]) == [[1, 2], [2, 6], [1, 2], [3, 10]]
+    # the second: 5 at 5, 15 at 10, 25 at 15, 40 at 20
+    x, line, low, high = averaged([{0: 0, 10: 10, 20: 20}, {5: 5, 15: 25, 40: 100}])
+    assert (x, line) == ([5, 10, 15, 20], [5, 12.5, 20, 30])
+    assert (low, high) == ([5, 10, 15, 20], [5, 15, 25, 40])
 
 
 @pytest.mark.parametrize("est, line", [("mean", 4), ("median", 2), ("max", 10), ("min", 0)])
 def test_estimators(est, line):
-    assert average([(np.array([1.0]), np.array([y])) for y in (0.0, 2, 10)], est)[1].tolist() == [line]
+    assert averaged([{1: y} for y in (0, 2, 10)], est=est)[1] == [line]
 
 
 def test_bootstrapped_interval():
-    y = np.random.default_rng(1).normal(size=(40, 1)) * 3 + 7
-    curves = [(np.array([1.0]), row) for row in y]
-    _, line, low, high = average(curves, band="ci")
+    y = np.random.default_rng(1).normal(size=40) * 3 + 7
+    _, line, low, high = averaged([{1: number} for number in y], band="ci")
     error = 1.96 * y.std() / 40**0.5  # of the mean, by the central limit theorem
-    assert line == pytest.approx(y.mean())
+    assert line == pytest.approx([y.mean()])
     assert (low[0], high[0]) == pytest.approx((y.mean() - error, y.mean() + error), abs=0.15 * error)
-    assert average(curves, band="ci")[2] == low  # the same figure every time
+    assert averaged([{1: number} for number in y], band="ci")[2] == low  # the same figure every time
 
 
-def test_performance_and_blank_cells():
-    train = memory([1.0, np.nan, 3])
-    assert column(train, "Performance") == "AverageEpRet"
-    assert [a.tolist() for a in curve(train, "TotalEnvInteracts", "Performance")] == [[1000, 3000], [1, 3]]
-    train.rows["AverageTestEpRet"] = np.nan  # --num-test-episodes 0
-    assert column(train, "Performance") == "AverageEpRet"
-    train.rows["AverageTestEpRet"] = [np.nan, 7, np.nan]
-    assert column(train, "Performance") == "AverageTestEpRet"
-    assert column(train, "AverageEpRet") == "AverageEpRet"
-    assert curve(train, "TotalEnvInteracts", "Performance")[1].tolist() == [7]
+@pytest.mark.parametrize("tests, expected", [(["", "", ""], [1, 3]), (["", "7", ""], [7]), (None, [1, 3])])
+def test_performance_is_the_test_return_where_there_is_one(tests, expected, tmp_path):
+    file = write(tmp_path / "x_s0", [1, "", 3]) / "progress.txt"
+    if tests:
+        lines = zip(file.read_text().splitlines(), ["AverageTestEpRet", *tests], strict=True)
+        file.write_text("".join("\t".join(pair) + "\n" for pair in lines))
+    (loaded,) = load_runs([tmp_path])
+    assert points(loaded)[1] == expected
+    assert points(loaded, value="AverageEpRet") == ([1000, 3000], [1, 3])
 
 
 def test_groups():
@@ -115,6 +116,8 @@ def test_groups():
     assert list(group_runs(runs)) == labels
     same = [memory([1], total_steps=1000), memory([2], total_steps=1e3, seed=1), memory([3], total_steps=1000, new=None)]
     assert group_runs(same) == {("X-v0", "ppo"): same}
+    elsewhere = [memory([1], gamma=0.9), memory([2], gamma=0.5, env_id="Y-v0")]  # no two settings in one environment
+    assert list(group_runs(elsewhere)) == [("X-v0", "ppo"), ("Y-v0", "ppo")]
 
 
 def test_of_a_repeated_seed_the_longer_run_counts(capsys):
@@ -142,8 +145,9 @@ def test_names_prefixes_select_exclude_legend(tmp_path):
     assert names([tmp_path / "ppo"], select=["Walker"], legend=["B"])[0] == "B ppo_Walker2d-v4_s0"
     with pytest.raises(RunError, match="--legend: 1 names for 2 directories: .*ppo_Hopper-v4, .*ppo_Walker2d-v4"):
         load_runs([tmp_path / "ppo"], legend=["A"])
-    write(tmp_path / "big/big_s0_1", [1], exp_name="ppo_big", env_id="Hopper-v4")
-    assert names([tmp_path / "big"]) == ["ppo_big big_s0_1"]
+    for env_id in "X-v0", "X-v0b", "my:X-v0":  # a setting of a sweep has one name in all environments
+        write(tmp_path / f"big/{env_id}_s0_1", [1], exp_name=f"ppo_{env_id.replace(':', '-')}_cli0-1", env_id=env_id)
+    assert {run.name for run in load_runs([tmp_path / "big"])} == {"ppo_cli0-1"}
 
 
 def test_kept_curves(tmp_path):
@@ -151,36 +155,65 @@ def test_kept_curves(tmp_path):
     (tmp_path / "ppo_X-v0_s0.json").write_text(json.dumps(dict(env_id="X-v0", seed=0)))
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     (kept,) = load_runs([tmp_path])
-    assert (kept.name, kept.env_id, list(kept.rows.columns)) == (
-        "ppo",
-        "X-v0",
-        ["TotalEnvInteracts", "AverageEpRet", "StepsPerSec"],
-    )
-    assert [a.tolist() for a in curve(kept, "TotalEnvInteracts", "Performance")] == [[4000], [5.5]]
+    assert (kept.name, kept.env_id) == ("ppo", "X-v0")
+    assert list(kept.rows.columns) == ["TotalEnvInteracts", "AverageEpRet", "StepsPerSec", "Performance"]
+    assert points(kept) == ([4000], [5.5])
     assert len(load_runs([tmp_path / "ppo"])) == 1
     (tmp_path / "ppo_X-v0_s0.json").write_text(json.dumps(dict(env_id="X-v0", seed=0, num_test_episodes=10)))
     (tested,) = load_runs([tmp_path])
-    assert column(tested, "Performance") == "AverageTestEpRet"  # as that of its run directory
-    assert [a.tolist() for a in curve(tested, "TotalEnvInteracts", "AverageTestEpRet")] == [[4000], [5.5]]
+    assert points(tested, value="AverageTestEpRet") == ([4000], [5.5])  # as that of its run directory
 
 
-def test_a_setting_of_a_sweep_has_one_name_in_all_environments(tmp_path):
-    for env_id in "X-v0", "X-v0b":
-        write(tmp_path / f"{env_id}_s0", [1], exp_name=f"ppo_{env_id}_cli0-1", env_id=env_id)
-    assert [run.name for run in load_runs([tmp_path])] == ["ppo_cli0-1"] * 2
+def test_runs_behind_links_are_found_once_and_no_circle_is_endless(tmp_path):
+    moved = [write(tmp_path / f"larger disk/x_s{seed}", [1], seed=seed) for seed in range(2)]
+    (tmp_path / "data/x").mkdir(parents=True)
+    (tmp_path / "data/x/x_s0").symlink_to(moved[0])
+    (tmp_path / "data/x/x_s1").symlink_to(moved[1])
+    (tmp_path / "data/latest").symlink_to("x")
+    for k in range(3):
+        (tmp_path / f"data/x/up{k}").symlink_to("..")
+        (moved[0] / f"self{k}").symlink_to(".")
+    (tmp_path / "data/linked").symlink_to(tmp_path / "nowhere")
+    for paths in (["data"], ["data/x", "data/latest"], ["data", "larger disk"]):
+        assert [run.config["seed"] for run in load_runs([tmp_path / path for path in paths])] == [0, 1]
+    assert len(load_runs([tmp_path / "data"], select=["data/x/x_s0"])) == 1
+
+
+def test_seeds_of_spinning_up_are_one_curve_by_its_name(tmp_path):
+    for seed, address in enumerate(["0x7f3a", "0x7fbc"]):
+        name = f"<spinup.utils.logx.EpochLogger object at {address}>"
+        config = dict(env_fn=f"<function <lambda> at {address}>", ac_kwargs=dict(act=[f"<class at {address}>"]))
+        config |= dict(logger={name: dict(output_dir=f"s{seed}")}, logger_kwargs=dict(exp_name="walker", output_dir=f"s{seed}"))
+        path = write(tmp_path / f"walker/walker_s{seed}", [1, 2 + seed], exp_name="walker", seed=seed)
+        (path / "config.json").write_text(json.dumps(config | dict(exp_name="walker", seed=seed, gamma=0.99)))
+    fig = plot(load_runs([tmp_path]))
+    assert legend(fig) == ["walker"] and data(fig.axes[0]) == [([1000, 2000], [1, 2.5])]
+
+
+def test_many_runs_take_seconds_and_their_figure_can_be_read(tmp_path):
+    start = time.process_time()
+    rng = np.random.default_rng(0)
+    settings = [dict(zip("abcdefghijklmnop", rng.uniform(size=16).tolist(), strict=True)) for _ in range(200)]
+    runs = [memory([k, 1], run_dir=f"x_s0_{k}", **setting) for k, setting in enumerate(settings)]
+    fig = plot(runs)
+    assert len(fig.axes[0].lines) == 200 and legend(fig) == []
+    assert "200 curves, too many to name" in fig.legends[0].get_title().get_text()
+    seeds = plot([memory([k, 1], run_dir=f"x_s{k}", seed=k) for k in range(300)], count=True)
+    assert len(seeds.axes[0].lines) == 300 and legend(seeds) == ["ppo"]
+    assert max(fig.get_figheight(), seeds.get_figheight()) < 3.5
+    assert time.process_time() - start < 15
 
 
 HEADER = "Epoch\tAverageEpRet\tTotalEnvInteracts\n"
 BROKEN = {
-    "empty": ("progress.txt", "", "has no rows"),
-    "header": ("progress.txt", HEADER, "has no rows"),
-    "half_header": ("progress.txt", "Epoch\tAver", "has no rows"),
+    "empty": ("progress.txt", "", "it has no rows"),
+    "header": ("progress.txt", HEADER, "it has no rows"),
+    "half_header": ("progress.txt", "Epoch\tAver", "it has no rows"),
     "text": ("progress.txt", HEADER + "0\tabc\t1000\n1\t2\t2000\n", "'abc'"),
     "header_again": ("progress.txt", HEADER + "0\t1\t1000\n" + HEADER + "0\t1\t1000\n", "'Epoch'"),
-    "two_columns": ("progress.txt", "Epoch\tEpoch\n0\t1\n", "two columns Epoch"),
-    "short_row": ("progress.txt", HEADER + "0\t1\n1\t2\t2000\n", "line 2 of progress.txt has 2 cells under 3 columns"),
-    "long_row": ("progress.txt", HEADER + "0\t1\t1000\t7\n1\t2\t2000\n", "line 2 of progress.txt has 4 cells"),
-    "bytes": ("progress.txt", b"\xff\xfe\x00\n\x00\n", "could not convert"),
+    "short_row": ("progress.txt", HEADER + "0\t1\n1\t2\t2000\n", "rows have different lengths"),
+    "long_row": ("progress.txt", HEADER + "0\t1\t1000\t7\n1\t2\t2000\n", "rows have different lengths"),
+    "bytes": ("progress.txt", b"\xff\xfe\x00\n\x00\n", "decode"),
     "no_config": ("config.json", None, "No such file"),
     "half_config": ("config.json", '{"env_id": "X-v', "Unterminated string"),
     "list_config": ("config.json", "[1]", "no JSON object"),
@@ -197,10 +230,11 @@ def test_a_broken_run_is_left_out_with_a_line(kind, tmp_path, capsys):
         (bad / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert [r.dir for r in load_runs([tmp_path])] == [good]
     error = capsys.readouterr().err
-    assert error.startswith("left out, ") and message in error and error.endswith(f": {bad}\n") and error.count("\n") == 1
+    assert error.startswith("left out, ") and message in error and error.endswith(f"{bad}/progress.txt\n")
+    assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("tail", ["2\t30", "2\t30\t30", "2\t3\n", "\0\0\0"])
+@pytest.mark.parametrize("tail", ["2\t30", "2\t30\t30", "\0\0\0"])
 def test_a_half_written_last_line_is_left_out(tail, tmp_path, capsys):
     file = write(tmp_path / "x_s0", [1, 2]) / "progress.txt"
     file.write_text(file.read_text() + tail)
@@ -215,7 +249,7 @@ def test_figure_of_seeds_environments_and_values(capsys):
     for r in runs:
         r.rows["KL"] = np.nan if r.name == "trpo" else 0.5
     fig = plot(runs, value=("Performance", "KL"), smooth=2)
-    assert [ax.get_title() for ax in fig.axes] == ["X-v0", "Y-v0", "", ""]
+    assert [ax.get_title() for ax in fig.axes] == ["X-v0", "Y-v0"] * 2
     assert [ax.get_ylabel() for ax in fig.axes] == ["Average return", "", "KL", ""]
     assert [ax.get_xlabel() for ax in fig.axes] == ["", "", "Environment steps", "Environment steps"]
     assert data(fig.axes[0]) == [([1000, 2000, 3000], [1, 2.5, 5])]  # means of 0 1 3 and 2 4 7
@@ -230,8 +264,8 @@ def test_figure_of_seeds_environments_and_values(capsys):
         "Mean over 1 to 2 seeds, band: standard deviation; smoothed over 2 epochs"
     )
     error = capsys.readouterr().err
-    assert "curve cut at TotalEnvInteracts 3,000 of 4,000, where this run ends: x_s0\n" in error
-    assert error.count("curve cut") == 1 and "left out, it has no numbers in KL: x_s0" in error
+    assert "curve cut at 3,000 of 4,000, where this run ends: x_s0\n" in error
+    assert "left out, it has no numbers in KL: x_s0\n" in error
 
 
 def test_count_draws_each_run():
@@ -240,9 +274,8 @@ def test_count_draws_each_run():
     assert data(fig.axes[0]) == [([1000, 2000], [0, 2]), ([1000, 2000, 3000], [2, 6, 8]), ([1000], [1])]
     assert legend(fig) == ["ppo s0", "ppo s1", "ppo s0_1"]
     assert len({line.get_color() for line in fig.axes[0].lines}) == 3 and not fig.axes[0].collections
-    both = plot([*runs, memory([1, 2], name="trpo")], count=True)
-    assert len({(line.get_color(), str(line._dash_pattern)) for line in both.axes[0].lines}) == 4
-    assert len({line.get_color() for line in both.axes[0].lines}) == 2  # an experiment keeps its colour
+    both = plot([*runs, *(memory([1, 2], name="trpo", run_dir=f"x_s{k}") for k in range(len(LOOKS) - 3))], count=True)
+    assert len({(line.get_color(), str(line._dash_pattern)) for line in both.axes[0].lines}) == len(LOOKS) == len(legend(both))
 
 
 def test_nothing_overlaps_and_curves_are_free_of_the_legend():
@@ -253,28 +286,17 @@ def test_nothing_overlaps_and_curves_are_free_of_the_legend():
     assert len(boxes) == 6
     assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
     assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= fig.bbox.width and box.y1 <= fig.bbox.height for box in boxes)
-    ends = [[label.get_text() for label in ax.get_xticklabels()] for ax in fig.axes if ax.axison]
-    assert ends[0][0] == "0"
-
-
-@pytest.mark.parametrize(
-    "end, labels", [(1e6, ["0", "0.2M", "0.4M", "0.6M", "0.8M", "1M"]), (2e5, ["0", "50k", "100k", "150k", "200k"])]
-)
-def test_ticks_of_steps(end, labels):
-    fig = plot([memory([1, 2], steps=[0, end])])
+    fig = plot([memory([1, 2], steps=[0, 1e6])])
     fig.draw_without_rendering()
-    assert [label.get_text() for label in fig.axes[0].get_xticklabels()] == labels
+    assert [label.get_text() for label in fig.axes[0].get_xticklabels()] == ["0", "200k", "400k", "600k", "800k", "1M"]
 
 
 def test_the_line_without_a_curve():
-    with pytest.raises(RunError, match="--value Foo: no run has this column; there are AverageEpRet, TotalEnvInteracts"):
-        plot([memory([1])], value=["Foo"])
-    with pytest.raises(RunError, match="--xaxis Foo: no run has this column"):
-        plot([memory([1])], xaxis="Foo")
-    with pytest.raises(RunError, match="--smooth 0: has to be at least 1"):
-        plot([memory([1])], smooth=0)
-    with pytest.raises(RunError, match="--value: name a column"):
-        plot([memory([1])], value=[])
+    refused = {"--xaxis Foo: no run has this column": dict(xaxis="Foo"), "--smooth 0: has to be at": dict(smooth=0)}
+    refused |= {"--value Foo: .* there are AverageEpRet, Perf": dict(value=["Foo"]), "--value: name a": dict(value=[])}
+    for message, options in refused.items():
+        with pytest.raises(RunError, match=message):
+            plot([memory([1])], **options)
     with pytest.raises(RunError, match="nothing to draw"):
         plot([memory([np.nan])])
 
@@ -310,23 +332,8 @@ def test_files(suffix, magic, two_seeds, tmp_path):
 
 def test_command_line(two_seeds, tmp_path):
     out = tmp_path / "a.svg"
-    done = cli(
-        two_seeds / "ppo",
-        "-y",
-        "Performance",
-        "-x",
-        "Epoch",
-        "-s",
-        3,
-        "-l",
-        "PPO",
-        "--select",
-        "X-v0",
-        "--exclude",
-        "--count",
-        "--out",
-        out,
-    )
+    options = ["-y", "Performance", "-x", "Epoch", "-s", 3, "-l", "PPO", "--select", "X-v0", "--exclude", "--count"]
+    done = run(sys.executable, "-m", "utils.plot", two_seeds / "ppo", *options, "--out", out)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and out.stat().st_size > 5000
 
 
@@ -350,8 +357,9 @@ def test_window(two_seeds, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(out="a.jpg"), r"--out a.jpg: has to end in .png, .svg or .pdf"),
-        (dict(out="no/such/a.png"), r"--out no/such/a.png: cannot be written: No such file or directory"),
+        (dict(out="a.xyz"), r"--out a.xyz: cannot be written: Format 'xyz' is not supported"),
+        (dict(out="no/such/a.png"), r"--out no/such/a.png: cannot be written: .*No such file or directory"),
+        (dict(out="a.png"), r"--out a.png: cannot be written: .*Is a directory"),
         (dict(out="a.png", select=("Y-v0",)), r"no runs .* below .*data.*, with these --select and --exclude"),
         (dict(out="a.png", logdirs=(Path("no/such"),)), r"no/such: there is no such directory, and none that begins so"),
     ],
@@ -362,12 +370,6 @@ def test_errors(options, message, two_seeds, tmp_path, monkeypatch):
     options = dict(logdirs=(two_seeds,)) | options | dict(out=Path(options["out"]))
     with pytest.raises(RunError, match=message):
         main(Args(**options))
-
-
-def test_a_directory_in_the_way_of_the_figure(two_seeds, tmp_path):
-    (tmp_path / "a.png").mkdir()
-    with pytest.raises(RunError, match="cannot be written: Is a directory"):
-        main(Args((two_seeds,), out=tmp_path / "a.png"))
 
 
 def test_import_leaves_matplotlib_as_it_was():

@@ -1,23 +1,30 @@
 """A run that was stopped, by Ctrl-C, by a kill at any instant or by a full disk, goes on as if nothing had happened."""
 
 import collections
+import io
+import itertools
 import json
 import os
 import pathlib
 import pickle
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import tracemalloc
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, rows, run, small
+from conftest import ROOT, Count, rows, run, small
+from torch import nn
 
 import ddpg
 import ppo
@@ -25,9 +32,12 @@ import sac
 import td3
 import trpo
 import vpg
-from utils import logger
-from utils.logger import Logger, make_env
+from utils import envs
+from utils.envs import make_env, say_once
+from utils.logger import Logger
 from utils.mpi import RunError
+from utils.run_dir import same_code
+from utils.state import State
 
 ALL = pytest.mark.parametrize("script", [vpg, trpo, ppo, ddpg, td3, sac], ids=lambda script: script.__name__)
 OFF_POLICY = dict(env_id="Pendulum-v1", total_steps=600, steps_per_epoch=120, start_steps=100, update_after=50)
@@ -104,7 +114,7 @@ def start(args):
     return process
 
 def go_on():
-    for path in folder.glob("cut/*/*_s0/checkpoint/*.pt"):
+    for path in folder.glob("cut/*/*_s0/checkpoint/*.ckpt"):
         return start(script.Args(resume=str(path.parent.parent))), True
     shutil.rmtree(folder / "cut", ignore_errors=True)
     return start(tiny(script, folder / "cut", **options)), False
@@ -156,7 +166,7 @@ def test_kill_while_the_checkpoint_is_written_leaves_the_one_before(tmp_path, mo
         td3.train(tiny(td3, tmp_path / "cut", save_freq=1))
     monkeypatch.setattr(os, "replace", replace)
     cut = run_dir(tmp_path / "cut")
-    assert list((cut / "checkpoint").glob("*.part")) and list((cut / "checkpoint").glob("*.pt"))
+    assert list((cut / "checkpoint").glob("*.part")) and list((cut / "checkpoint").glob("*.ckpt"))
     td3.train(td3.Args(resume=str(cut)))
     assert same(cut, run_dir(tmp_path / "whole"))
 
@@ -223,25 +233,85 @@ def test_a_shorter_run(tmp_path, stop, capsys):
     assert "nothing to do" in capsys.readouterr().out and rows(cut) == before
 
 
-def test_environment_that_remembers_more_is_refused():
-    """Broken shows 7 at the 150th step of all its episodes; one that has just begun does not."""
-    env, other = (logger.Repeatable(gym.make("Broken-v0", where="observation", bad=7.0)) for _ in range(2))
+class Drifting(Count):
+    """Its rewards depend on all its steps, which no seed brings back."""
+
+    total = 0
+
+    def step(self, action):
+        obs, rew, *rest = super().step(np.clip(action, -0.4, 0.4))
+        self.total += 1
+        return obs, rew + self.total, *rest
+
+
+class Legacy(Count):
+    """Its random numbers come from a generator of NumPy's old kind, as dm_control's do."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self._np_random = np.random.RandomState(seed)
+        self.k = 0
+        return np.array([self._np_random.rand()]), {}
+
+
+class Twister(Count):
+    """A generator of the new kind, but on other bits."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self._np_random = np.random.Generator(np.random.MT19937(seed))
+        self.k = 0
+        return np.array([self.np_random.random()]), {}
+
+
+class Other(Legacy):
+    """And one that nobody here knows."""
+
+    def reset(self, *, seed=None, options=None):
+        self.k, self._np_random = 0, object()
+        return np.array([0.25]), {}
+
+
+gym.register("Drifting-v0", lambda **options: Drifting(length=100, **options))
+gym.register("Legacy-v0", lambda **options: Legacy(length=100, **options))
+gym.register("Twister-v0", lambda **options: Twister(length=100, **options))
+gym.register("Other-v0", lambda **options: Other(length=100, **options))
+
+
+@pytest.mark.parametrize("script", [ppo, td3], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("env_id, lost", [("Drifting-v0", 1), ("Other-v0", 1), ("Legacy-v0", 0), ("Twister-v0", 0)])
+def test_environments_that_cannot_be_brought_back_cost_an_episode(script, env_id, lost, tmp_path, stop, capsys):
+    """Whatever its generator, it trains; and rewards, too, tell whether the episode is the one that was left."""
+    say_once.cache_clear()
+    options = dict(env_id=env_id, max_ep_len=7, total_steps=360, save_freq=1)
+    script.train(tiny(script, tmp_path / "whole", **options))
+    stop("store" if hasattr(script, "ReplayBuffer") else "log", 2)
+    with pytest.raises(SystemExit):
+        script.train(tiny(script, tmp_path / "cut", **options))
+    cut = run_dir(tmp_path / "cut")
+    script.train(script.Args(resume=str(cut)))
+    message = f"{env_id} cannot be brought back to the middle of its episode: a new one begins"
+    assert capsys.readouterr().err.count(message) == lost and len(rows(cut)) == 3
+    assert same(cut, run_dir(tmp_path / "whole")) != lost
+
+
+def test_actions_of_an_endless_episode_are_not_kept_for_ever(monkeypatch, capsys):
+    say_once.cache_clear()
+    monkeypatch.setattr(envs, "MAX_ACTIONS", 20)
+    env, other = make_env("Count-v0", length=10**6), make_env("Count-v0", length=10**6)
     env.reset(seed=0)
-    for _ in range(150):
-        obs, _, terminated, *_ = env.step(env.action_space.sample())
-        saved = env.state_dict()
-        if terminated:
-            env.reset()
-    assert obs == [7.0]
-    with pytest.raises(RunError, match="Broken-v0 cannot be brought back"):
-        other.load_state_dict(saved)
+    for _ in range(30):
+        env.step(env.action_space.sample())
+    assert env.actions == []
+    other.load_state_dict(env.state_dict())
+    assert other.ep_len == 0 and other.obs == [0.0] and "a new one begins" in capsys.readouterr().err
 
 
 def test_half_a_checkpoint_is_not_used_and_deleted(tmp_path):
     ppo.train(tiny(ppo, tmp_path))
     path = run_dir(tmp_path)
     (good,) = (path / "checkpoint").iterdir()
-    (path / "checkpoint/900_rank0.pt.part").write_bytes(b"half")
+    (path / "checkpoint/900_rank0.ckpt.part").write_bytes(b"half")
     ppo.train(ppo.Args(resume=str(path)))
     assert list((path / "checkpoint").iterdir()) == [good]
 
@@ -253,8 +323,8 @@ def test_a_checkpoint_that_one_rank_lacks_is_not_used_and_deleted(tmp_path):
     assert run(*mpirun, *options, "--data-dir", tmp_path).returncode == 0
     path = run_dir(tmp_path)
     good = sorted((path / "checkpoint").iterdir())
-    assert [file.name.partition("_")[2] for file in good] == ["rank0.pt", "rank1.pt"]
-    shutil.copyfile(good[0], path / "checkpoint/900_rank0.pt")
+    assert [file.name.partition("_")[2] for file in good] == ["rank0.ckpt", "rank1.ckpt"]
+    shutil.copyfile(good[0], path / "checkpoint/900_rank0.ckpt")
     done = run(*mpirun, "--resume", path)
     assert done.returncode == 0 and "nothing to do" in done.stdout, done.stderr
     assert sorted((path / "checkpoint").iterdir()) == good
@@ -385,7 +455,7 @@ Logger.log = fill
 ppo.train(tiny(ppo, sys.argv[1], save_freq=1))
 """
         full = child(program, disk)
-        assert full.returncode == 1 and full.stderr.count("\n") == 1, full.stderr
+        assert full.returncode == 1 and full.stderr.count("\n") == 2 and "\nto go on: python " in full.stderr, full.stderr
         assert "cannot write" in full.stderr and "No space left" in full.stderr or "the one before is left" in full.stderr
         (disk / "filler").unlink()
         cut = run_dir(disk)
@@ -416,14 +486,14 @@ def test_directory_without_write_permission():
 
 def test_checkpoints_cost_little_time(tmp_path, monkeypatch):
     """At the defaults of an on-policy file, whose epochs are the shortest."""
-    spent, save = [], Logger.save_checkpoint
+    spent, save = [], Logger.save
 
     def timed(self):
         begin = time.time()
         save(self)
         spent.append(time.time() - begin)
 
-    monkeypatch.setattr(Logger, "save_checkpoint", timed)
+    monkeypatch.setattr(Logger, "save", timed)
     begin = time.time()
     ppo.train(ppo.Args(env_id="Hopper-v4", total_steps=40_000, data_dir=str(tmp_path)))
     assert sum(spent) < 0.2 * (time.time() - begin)  # 0.01 without other work on the disk
@@ -445,72 +515,168 @@ def test_environment_comes_back_to_where_it_was(env_id):
 
     actions = [first.action_space.sample() for _ in range(100)]
     play(first, actions[:50])
-    saved = logger._pack(first)
-    second.load_state_dict(saved)
+    second.load_state_dict(first.state_dict())
     assert np.array_equal(play(first, actions[50:]), play(second, actions[50:]))
 
 
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
 @dataclass
-class Tiny(logger.RunArgs):
-    env_id: str = "None-v0"
-    seed: int = 0
-    total_steps: int = 10
-    steps_per_epoch: int = 10
+class Node:
+    value: object
 
 
 class Thing:
-    """An attribute of each kind that a copied script might add to its buffer or keep beside it."""
+    """What a copied script may keep in its buffer or beside it."""
 
-    def __init__(self):
-        self.array, self.tensor, self.number, self.flag = np.zeros(3), torch.zeros(2), 0, False
-        self.empty, self.fixed, self.pair, self.late = [], [0.1, 0.2], (1, 2), None
-        self.nested, self.table = [[1.0], [torch.zeros(1)]], {}
-        self.device, self.dtype, self.space = torch.device("cpu"), np.float32, gym.spaces.Discrete(2)
-
-    def change(self):
-        self.array += 1
-        self.tensor += 2
-        self.number, self.flag, self.late, self.pair = 7, True, "now", (3, 4)
-        self.empty += [1.5, 2.5, 3.5]
-        self.fixed[0] = 9
-        self.nested[0][0] = 5.0
-        self.nested[1][0] += 6
-        self.table |= {3: "three"}
+    def __init__(self, seed=0):
+        self.array, self.tensor, self.layer, self.rng = np.zeros((3, 2)), torch.zeros(2), nn.Linear(2, 1), np.random.default_rng(0)
+        self.view, self.random, self.none, self.node = self.array.reshape(-1), random.Random(0), None, Node(0)
+        self.optimizer = torch.optim.Adam(self.layer.parameters())
+        self.device, self.kind, self.space, self.function = torch.device("cpu"), np.float32, gym.spaces.Discrete(2), np.tanh
+        self.things, self.me = {}, self
 
 
-def test_every_kind_of_state_comes_back(tmp_path):
-    layer, thing, coefficient, rets = torch.nn.Linear(1, 1), Thing(), torch.tensor(1.0), []
-    args = Tiny(data_dir=str(tmp_path))
-    with Logger(args, __file__) as log:
-        for epoch in log.epochs(1, ac=layer, thing=thing, coefficient=coefficient, rets=rets):
-            thing.change()
-            coefficient *= 1.5
-            rets.append(4.0)
-            log.log(Epoch=epoch, TotalEnvInteracts=10)
-    again, new_coefficient, new_rets = Thing(), torch.tensor(1.0), []
-    array, tensor = again.array, again.tensor
-    args = Tiny(resume=str(log.dir), data_dir=str(tmp_path), total_steps=20)
-    with Logger(args, __file__) as log:
-        for epoch in log.epochs(2, ac=layer, thing=again, coefficient=new_coefficient, rets=new_rets):
-            log.log(Epoch=epoch, TotalEnvInteracts=20)
-    assert str(vars(again)) == str(vars(thing)) and again.pair == (3, 4)
-    assert again.array is array and again.tensor is tensor  # in place, as others may hold them too
-    assert (new_coefficient, new_rets) == (1.5, [4.0])
+def structure(rng, depth=0):
+    """A random value: plain, an array or tensor of any kind and shape, or a container of such values."""
+    shape = tuple(rng.integers(0, 4, rng.integers(0, 3)))
+    kinds = ["?", "i1", "u2", "i8", "f2", "f4", "f8", "c16", "U3", "S2", "M8[s]", [("x", "f4"), ("y", "i8", (2,))]]
+    dtypes = [torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.float32, torch.complex64]
+    leaves = [lambda: None, lambda: True, lambda: 2**100, lambda: -0.5, lambda: 1 + 2j, lambda: "é", lambda: b"x", lambda: {1, "a"}]
+    leaves += [lambda: np.ones(shape, kinds[rng.integers(len(kinds))]), lambda: np.float16(0.5), lambda: np.int8(3)]
+    leaves += [lambda: torch.ones(shape, dtype=dtypes[rng.integers(len(dtypes))]), lambda: torch.zeros(2, 3).shape]
+    if depth == 3 or rng.random() < 0.3:
+        return leaves[rng.integers(len(leaves))]()
+    items = [structure(rng, depth + 1) for _ in range(rng.integers(0, 4))]
+    containers = [list, tuple, lambda x: dict(enumerate(x)), lambda x: {("k", i): v for i, v in enumerate(x)}, Node]
+    containers += [collections.deque, lambda x: collections.deque(x, 9), lambda x: collections.OrderedDict(enumerate(x))]
+    containers += [lambda x: Pair(x, None), lambda x: collections.defaultdict(list, enumerate(x))]
+    return containers[rng.integers(len(containers))](items)
+
+
+def equal(a, b):
+    """Whether two structures are the same, to the types and bits."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, np.ndarray | np.generic):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
+    if isinstance(a, dict):
+        return equal([*a.items()], [*b.items()])
+    if isinstance(a, list | tuple | collections.deque):
+        return len(a) == len(b) and getattr(a, "maxlen", 0) == getattr(b, "maxlen", 0) and all(map(equal, a, b))
+    return equal(a.value, b.value) if isinstance(a, Node) else a == b
+
+
+def there_and_back(state, fresh):
+    """Write a State and read the file into another."""
+    file = io.BytesIO()
+    state.write(file, dict(epoch=3))
+    file.seek(0)
+    assert fresh.read(file) == dict(epoch=3)
+
+
+def test_every_kind_of_state_comes_back():
+    """Also what has come, changed its kind or grown since the start; what was there at the start in place."""
+    module, rng = sys.modules[__name__], np.random.default_rng(0)
+    thing, coefficient, rets, queue = Thing(), torch.tensor(1.0), [], collections.deque(maxlen=5)
+    state = State(dict(thing=thing, coefficient=coefficient, rets=rets, queue=queue), module)
+    thing.view += 1
+    thing.tensor, thing.none, thing.node.value = torch.ones(3), Pair(np.ones(2), "now"), 7
+    thing.layer(torch.ones(2)).backward()
+    thing.optimizer.step()
+    thing.rng.random(), thing.random.random()
+    thing.things = {k: structure(rng) for k in range(300)}
+    coefficient *= 1.5
+    rets.append((1, np.zeros(2)))
+    queue.extend(range(9))
+
+    again, new_coefficient, new_rets, new_queue = Thing(), torch.tensor(1.0), [], collections.deque(maxlen=5)
+    fresh = State(dict(thing=again, coefficient=new_coefficient, rets=new_rets, queue=new_queue), module)
+    array, layer = again.array, again.layer
+    there_and_back(state, fresh)
+    assert all(equal(thing.things[k], again.things[k]) for k in range(300))
+    assert again.array is array and again.layer is layer and again.me is again and np.shares_memory(again.view, array)
+    assert (array == 1).all() and equal(again.none, thing.none) and again.node.value == 7 and again.tensor.tolist() == [1, 1, 1]
+    assert torch.equal(layer.weight, thing.layer.weight) and (again.device, again.kind) == (thing.device, np.float32)
+    assert equal(again.optimizer.state_dict()["state"], thing.optimizer.state_dict()["state"])
+    assert again.rng.random() == thing.rng.random() and again.random.random() == thing.random.random()
+    assert (new_coefficient, equal(new_rets, rets), equal(new_queue, queue)) == (1.5, True, True)
+
+
+def test_a_transition_buffer_of_python_objects_comes_back():
+    class Memory:
+        def __init__(self):
+            self.transitions, self.priorities = collections.deque(maxlen=50), None
+
+    memory, again = Memory(), Memory()
+    states = [State(dict(memory=x), sys.modules[__name__]) for x in (memory, again)]
+    memory.transitions.extend((np.full(3, k), k, float(k), k == 2) for k in range(100))
+    memory.priorities = np.ones(100)
+    there_and_back(*states)
+    assert equal(memory.transitions, again.transitions) and equal(memory.priorities, again.priorities)
 
 
 @pytest.mark.parametrize(
-    "state, message",
+    "thing, message",
     [
-        (dict(buffer=dict(last=collections.deque())), "buffer.last: --resume could not restore a deque"),
-        (dict(things=[{1, 2}]), r"things\[0\]: --resume could not restore a set"),
-        (dict(rng=np.random.default_rng()), "rng: --resume could not restore a Generator"),
-        (dict(beta=1.0), "beta: --resume could not change a float"),
+        (dict(lock=threading.Lock()), "thing: --resume could not restore it: a lock"),
+        (dict(steps=itertools.count()), "thing: --resume could not restore it: a count"),
+        ([np.array([None])], "thing: --resume could not restore it: a ndarray"),
+        (1.0, "thing: --resume could not restore it: a float cannot change"),
+        (None, "thing: --resume could not restore it: a NoneType cannot change"),
     ],
-    ids=lambda x: x if isinstance(x, str) else "",
+    ids=str,
 )
-def test_state_that_could_not_come_back_is_refused_at_once(tmp_path, state, message):
-    with Logger(Tiny(data_dir=str(tmp_path)), __file__) as log, pytest.raises(RunError, match=message):
-        next(log.epochs(1, ac=torch.nn.Linear(1, 1), **state))
+def test_state_that_could_not_come_back_is_refused_before_the_first_step(thing, message):
+    with pytest.raises(RunError, match=message):
+        State(dict(thing=thing), sys.modules[__name__])
+
+
+def test_the_first_round_trip_copies_no_buffer():
+    """A replay buffer takes memory as it fills, and a start no time for it."""
+    buffer = Thing()
+    buffer.array = np.zeros((2**20, 64))  # 512 MiB
+    tracemalloc.start()
+    State(dict(buffer=buffer), sys.modules[__name__])
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+def test_resumed_with_other_code(tmp_path):
+    """Comments do not count; other code is said in one line, and noted. The run's own copy is never executed."""
+    home = tmp_path / "home"
+    shutil.copytree(ROOT / "utils", home / "utils")
+    text = (ROOT / "ppo.py").read_text()
+    (home / "mine.py").write_text(text)
+    options = "--env-id CartPole-v1 --total-steps 200 --steps-per-epoch 200 --num-envs 2 --minibatch-size 50 --exp-name x".split()
+    assert run(sys.executable, "mine.py", *options, cwd=home).returncode == 0
+    path = home / "data/x/x_s0"
+    assert (path / "mine.py").read_text() == text
+    for k, (code, differs) in enumerate([("# a remark\n" + text, False), (text.replace('"tanh": nn.Tanh', '"tanh": nn.ReLU'), True)]):
+        (home / "mine.py").write_text(code)
+        (path / "mine.py").write_text(text)
+        done = run(sys.executable, "mine.py", "--resume", "data/x/x_s0", "--total-steps", 400 + 200 * k, cwd=home)
+        assert done.returncode == 0, done.stderr
+        assert ("is not the code that began this run; its own is data/x/x_s0/mine.py" in done.stderr) == differs
+        assert json.loads((path / "config.json").read_text())["resumed"][k].get("other_code", False) == differs
+        assert same_code(path, home / "mine.py") != differs
+    (home / "mine.py").write_text(text)
+    assert not same_code(path, home / "mine.py")  # a part of it was made by other code
+
+
+def test_progress_of_another_form_is_refused(finished):
+    """An editor has changed the ends of the lines; nothing is written."""
+    text = (finished / "progress.txt").read_bytes().replace(b"\n", b"\r\n")
+    (finished / "progress.txt").write_bytes(text)
+    config = (finished / "config.json").read_bytes()
+    with pytest.raises(RunError, match="progress.txt is not that of the checkpoint"):
+        ppo.train(ppo.Args(resume=str(finished), total_steps=900))
+    assert (finished / "progress.txt").read_bytes() == text and (finished / "config.json").read_bytes() == config
 
 
 def test_an_argument_that_the_script_got_since(finished, tmp_path):

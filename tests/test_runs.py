@@ -1,5 +1,6 @@
 """Whole runs: learning, determinism, what they leave on disk, and what stops them."""
 
+import dataclasses
 import importlib.machinery
 import importlib.util
 import json
@@ -9,6 +10,7 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -16,8 +18,12 @@ import pytest
 import torch
 from conftest import OFF_POLICY, ON_POLICY, ROOT, Count, rows, run, small, small_off_policy
 
-from utils.logger import Logger
+import ddpg
+from utils.args import Range, RunArgs
+from utils.check import check
+from utils.logger import set_up
 from utils.mpi import RunError
+from utils.run_dir import RunDir, provenance
 
 ALL = pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY, ids=lambda script: script.__name__)
 ONLY_OFF_POLICY = pytest.mark.parametrize("script", OFF_POLICY, ids=lambda script: script.__name__)
@@ -99,11 +105,11 @@ def test_policy_that_acted_is_the_one_in_the_ratio(script, tmp_path, monkeypatch
 def test_run_directory(script, tmp_path):
     ac = script.train(small(script, tmp_path, total_steps=1000))
     path = run_dir(script, tmp_path)
-    assert sorted(p.name for p in path.iterdir()) == ["checkpoint", "config.json", "model.pt", "progress.txt"]
+    assert {p.name for p in path.iterdir()} == {"checkpoint", "config.json", "model.pt", "progress.txt", f"{script.__name__}.py"}
     config = json.loads((path / "config.json").read_text())
     assert config["gamma"] == 0.99 and config["script"] == f"{script.__name__}.py" and config["ranks"] == 1
     table = rows(path, without=())
-    columns = "Epoch AverageEpRet StdEpRet MaxEpRet MinEpRet EpLen TotalEnvInteracts AverageVVals LossPi LossV KL Entropy"
+    columns = "Epoch AverageEpRet StdEpRet MaxEpRet MinEpRet AverageEpLen TotalEnvInteracts AverageVVals LossPi LossV KL Entropy"
     assert {*columns.split(), "Time", "StepsPerSec"} <= set(table[0])
     assert [row["TotalEnvInteracts"] for row in table] == ["200", "400", "600", "800", "1000"]
     assert all(math.isfinite(float(row["StepsPerSec"])) for row in table)
@@ -125,13 +131,13 @@ def test_episodes_are_counted_right_across_epochs(script, tmp_path):
     args = small(script, tmp_path, env_id="Count-v0", exp_name="x", total_steps=24, steps_per_epoch=8, minibatch_size=4)
     script.train(args)
     table = rows(tmp_path / "x/x_s0")
-    assert all((row["AverageEpRet"], row["StdEpRet"], row["EpLen"]) == ("6.0", "0.0", "3.0") for row in table)
+    assert all((row["AverageEpRet"], row["StdEpRet"], row["AverageEpLen"]) == ("6.0", "0.0", "3.0") for row in table)
 
 
 def test_epoch_without_an_ended_episode_is_blank(script, tmp_path):
     script.train(small(script, tmp_path, env_id="Count-v0", exp_name="x", total_steps=8, steps_per_epoch=4, minibatch_size=4))
     first, second = rows(tmp_path / "x/x_s0")
-    assert {first[name] for name in ("AverageEpRet", "StdEpRet", "MaxEpRet", "MinEpRet", "EpLen")} == {""}
+    assert {first[name] for name in ("AverageEpRet", "StdEpRet", "MaxEpRet", "MinEpRet", "AverageEpLen", "MinEpLen")} == {""}
     assert second["AverageEpRet"] == "6.0"
 
 
@@ -170,7 +176,7 @@ def test_model_that_cannot_be_written_leaves_the_last_one(script, tmp_path, monk
 
     def full_disk(state, file):
         calls.append(file)
-        if len(calls) == 3:  # after a model and a checkpoint
+        if len(calls) == 2:  # after one model
             file.write(b"half")
             raise RuntimeError("unexpected pos 64 vs 0")
         save(state, file)
@@ -179,7 +185,7 @@ def test_model_that_cannot_be_written_leaves_the_last_one(script, tmp_path, monk
     with pytest.raises(RunError, match="cannot write .*model.pt"):
         script.train(args)
     path = run_dir(script, tmp_path)
-    assert sorted(p.name for p in path.iterdir()) == ["checkpoint", "config.json", "model.pt", "progress.txt"]
+    assert {p.name for p in path.iterdir()} == {"checkpoint", "config.json", "model.pt", "progress.txt", f"{script.__name__}.py"}
     assert torch.load(path / "model.pt", weights_only=True)["obs_stats.count"] == 200
 
 
@@ -199,15 +205,17 @@ def test_script_and_utils_alone_are_enough(script, tmp_path):
 @ALL
 def test_help_explains_every_argument(script):
     done = run(sys.executable, ROOT / f"{script.__name__}.py", "--help")
-    for name in script.Args.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')}" in done.stdout
-    assert done.stdout.count("(default:") == len(script.Args.__dataclass_fields__)
+    names = [field.name for field in dataclasses.fields(script.Args)]
+    places = [done.stdout.index(f"--{name.replace('_', '-')} ") for name in names if name not in RunArgs.__dataclass_fields__]
+    assert done.stdout.count("(default:") == len(names)
+    assert max(places) < min(done.stdout.index(f"--{name.replace('_', '-')} ") for name in ("exp-name", "data-dir", "save-freq"))
+    assert all(line in done.stdout for line in script.__doc__.splitlines() if "  = " in line or " = " in line)
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(env_id="HalfCheeta-v4"), ["HalfCheeta-v4", "HalfCheetah-v4"]),
+        (dict(env_id="HalfCheeta-v4"), ["HalfCheeta-v4", "Did you mean", "HalfCheetah"]),
         (dict(env_id="Nonsense-v0"), ["--env-id Nonsense-v0"]),
         (dict(env_id="a:b:c"), ["--env-id a:b:c"]),
         (dict(env_id=":"), ["--env-id :"]),
@@ -257,7 +265,7 @@ def test_environment_that_cannot_be_made(script, tmp_path, error, message):
 
 
 def test_what_a_copied_script_may_log(script, tmp_path, monkeypatch):
-    """Numbers of any kind; the same columns in every epoch."""
+    """Numbers of any kind, in any order, and in some epochs only."""
     diagnose = script.diagnose
     values = dict(Tensor=torch.tensor(0.5), Flag=True, Int=3, Float32=np.float32(0.25), Integer=np.int64(2))
     monkeypatch.setattr(script, "diagnose", lambda *args: diagnose(*args) | values)
@@ -270,11 +278,9 @@ def test_what_a_copied_script_may_log(script, tmp_path, monkeypatch):
     script.train(small(script, tmp_path, exp_name="order"))
     assert [(row["A"], row["B"]) for row in rows(tmp_path / "order/order_s0")] == [("1", "2")] * 2
 
-    for first, second, message in [({}, dict(A=1), "(A)"), (dict(A=1), {}, "(A)"), (dict(A=1), dict(B=1), "(A, B)")]:
-        metrics = iter([first, second])
-        monkeypatch.setattr(script, "diagnose", lambda *args, metrics=metrics: diagnose(*args) | next(metrics))
-        with pytest.raises(RunError, match=re.escape(f"the columns of epoch 1 are not those of progress.txt {message}")):
-            script.train(small(script, tmp_path))
+    metrics = iter([dict(A=1), dict(B=2), {}])
+    script.train(small(script, tmp_path, exp_name="some", total_steps=600))
+    assert [(row["A"], row["B"]) for row in rows(tmp_path / "some/some_s0")] == [("1", ""), ("", "2"), ("", "")]
 
 
 def test_an_argument_that_json_cannot_hold_is_refused_at_once(script, tmp_path):
@@ -286,16 +292,19 @@ def test_an_argument_that_json_cannot_hold_is_refused_at_once(script, tmp_path):
 
 
 def test_check_of_a_copy_with_discrete_actions_and_fewer_arguments():
-    from utils.logger import RunArgs, check
-
     @dataclass
     class Fewer(RunArgs):
+        action_spaces: ClassVar = (gym.spaces.Discrete,)
         env_id: str = "CartPole-v1"
         total_steps: int = 1000
         steps_per_epoch: int = 100
         replay_size: int = 1000
+        alpha: float = 0.0  # of prioritised replay, and so no business of SAC's range
+        beta: Annotated[float, Range(lambda x: x <= 1, "at most 1")] = 0.5
 
-    check(Fewer(), (gym.spaces.Discrete,), steps_per_epoch=1)
+    check(Fewer())
+    with pytest.raises(RunError, match="--beta 1.5: has to be at most 1"):
+        check(Fewer(beta=1.5))
 
 
 def test_observations_may_be_lists(tmp_path):
@@ -366,16 +375,16 @@ def test_off_policy_refuses_actions_without_usable_bounds(script, high, tmp_path
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs /dev/full")
 def test_disk_that_is_full_when_a_row_is_written(script, tmp_path, monkeypatch):
-    """The row fails, and closing the file fails again: the error is the first one's."""
-    opened = Logger._open
+    write_row = RunDir.write_row
 
-    def on_a_full_disk(logger):
-        opened(logger)
-        logger.progress.close()
-        logger.progress = open("/dev/full", "a")
+    def on_a_full_disk(run, row):
+        if row["Epoch"] == 1:
+            (run.path / "progress.txt").unlink()
+            (run.path / "progress.txt").symlink_to("/dev/full")
+        write_row(run, row)
 
-    monkeypatch.setattr(Logger, "_open", on_a_full_disk)
-    with pytest.raises(RunError, match="cannot write"):
+    monkeypatch.setattr(RunDir, "write_row", on_a_full_disk)
+    with pytest.raises(RunError, match="cannot write .*progress.txt: No space left"):
         script.train(small(script, tmp_path))
 
 
@@ -388,7 +397,7 @@ def test_data_dir_that_is_a_file(script, tmp_path):
 
 def test_max_ep_len_truncates(script, tmp_path):
     script.train(small(script, tmp_path, max_ep_len=7))
-    assert all(float(row["EpLen"]) <= 7 for row in rows(run_dir(script, tmp_path)))
+    assert all(float(row["MaxEpLen"]) <= 7 for row in rows(run_dir(script, tmp_path)))
 
 
 def test_observations_are_normalised_inside_the_model(tmp_path):
@@ -482,35 +491,9 @@ def test_more_start_steps_than_steps_is_a_warning(script, tmp_path, capsys):
     assert "will be random" not in capsys.readouterr().err
 
 
-def test_fast_matmul_is_float32(tmp_path, monkeypatch):
-    """It trains where products keep float32's accuracy, and refuses where they would be rounded to bfloat16."""
-    import td3
-    from utils import logger
-
-    args = small_off_policy(td3, tmp_path, fast_matmul=True)
-    torch.set_float32_matmul_precision("medium")
-    x = torch.rand(256, 256, generator=torch.Generator().manual_seed(0))
-    if ((x @ x).double() / (x.double() @ x.double()) - 1).abs().max() < 1e-5:  # what this processor does
-        td3.train(args)
-        assert torch.get_float32_matmul_precision() == "medium"
-    else:
-        with pytest.raises(RunError, match="--fast-matmul"):
-            td3.train(args)
-    td3.train(small_off_policy(td3, tmp_path))
-    assert torch.get_float32_matmul_precision() == "highest"
-    matmul = torch.Tensor.__matmul__
-    rounded = lambda x, y: matmul(x.bfloat16(), y.bfloat16()).to(x.dtype) if x.dtype == torch.float32 else matmul(x, y)  # noqa: E731
-    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    with pytest.raises(RunError, match="--fast-matmul"):
-        logger.configure_torch(args)
-    torch.set_float32_matmul_precision("highest")
-
-
 @pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor cannot")
 def test_tiny_numbers_are_flushed():
     """Adam's averages for a unit that is dead end at 0, not among the numbers below 1e-38 that are slow to calculate with."""
-    from utils import logger
-
     def average_of_dead_unit():
         weight = torch.nn.Parameter(torch.ones(64))
         optimizer = torch.optim.Adam([weight], fused=True)
@@ -521,15 +504,13 @@ def test_tiny_numbers_are_flushed():
 
     torch.set_flush_denormal(False)
     assert ((average_of_dead_unit() > 0) & (average_of_dead_unit() < 1e-38)).all()
-    logger.configure_torch(logger.RunArgs())
+    set_up(ddpg.Args(env_id="Pendulum-v1"))
     assert (average_of_dead_unit() == 0).all()
 
 
 def test_a_commit_is_dirty_if_python_files_differ_from_it(tmp_path):
-    from utils.logger import _provenance
-
     script, curve = tmp_path / "my.py", tmp_path / "results/curve.csv"
-    assert _provenance(script)["git_commit"] is None
+    assert provenance(script)["git_commit"] is None
     curve.parent.mkdir()
     script.write_text("")
     curve.write_text("")
@@ -538,10 +519,10 @@ def test_a_commit_is_dirty_if_python_files_differ_from_it(tmp_path):
         run("git", *command, cwd=tmp_path).check_returncode()
     commit = run("git", "rev-parse", "HEAD", cwd=tmp_path).stdout.strip()
     curve.write_text("a run has ended")
-    assert _provenance(script)["git_commit"] == commit and len(commit) == 40
+    assert provenance(script)["git_commit"] == commit and len(commit) == 40
     (tmp_path / "copy.py").write_text("")
-    assert _provenance(tmp_path / "copy.py")["git_commit"] == commit + "-dirty"  # which lacks this script
+    assert provenance(tmp_path / "copy.py")["git_commit"] == commit + "-dirty"  # which lacks this script
     (tmp_path / "copy.py").unlink()
     script.write_text("# changed")
-    assert _provenance(script)["git_commit"] == commit + "-dirty"
-    assert _provenance(curve)["git_commit"] == commit + "-dirty"  # from any folder of the repository
+    assert provenance(script)["git_commit"] == commit + "-dirty"
+    assert provenance(curve)["git_commit"] == commit + "-dirty"  # from any folder of the repository

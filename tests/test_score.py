@@ -3,7 +3,12 @@
 import json
 import sys
 
-from conftest import ROOT, run
+import numpy as np
+import pytest
+from conftest import run
+
+from benchmark.score import Args, compare, main
+from utils.mpi import RunError
 
 
 def write(path, returns, **config):
@@ -13,42 +18,58 @@ def write(path, returns, **config):
     (path / "config.json").write_text(json.dumps(dict(script="ppo.py", env_id="X-v0", total_steps=4000, gamma=0.9) | config))
 
 
-def score(*options):
-    done = run(sys.executable, "-m", "benchmark.score", *options, "--window", 2, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return [line.split() for line in done.stdout.splitlines()[1:]], done.stderr
+@pytest.fixture
+def score(capsys):
+    """A function that prints the scores of runs; returns the cells of the lines below the header, and stderr."""
+
+    def score(*paths, **options):
+        main(Args(paths, window=2, **options))
+        out, errors = capsys.readouterr()
+        return [line.split() for line in out.splitlines()[1:] if line], errors
+
+    return score
 
 
-def test_seeds_are_averaged_and_other_experiments_kept_apart(tmp_path):
+def test_seeds_are_averaged_and_other_experiments_kept_apart(score, tmp_path):
     write(tmp_path / "data/x_s0", [0, 10, 20, 0], seed=0)  # windows of 2: 5, 15, 10
     write(tmp_path / "data/x_s1", [0, 40, "", 0], seed=1)  # blank where no episode ended: 20, 40, 0
     write(tmp_path / "data/y_s0", [1, 1, 1, 1], seed=0, gamma=0.5)
     write(tmp_path / "data/z_s0", [1, 1], seed=5)  # unfinished
-    table, errors = score(tmp_path / "data", "--save", tmp_path / "kept")
+    table, errors = score(tmp_path / "data", save=tmp_path / "kept")
     assert table == [
-        ["ppo.py", "X-v0", "1", "1", "1", "1", "10", "0:", "1"],
-        ["ppo.py", "X-v0", "2", "28", "28", "5", "10", "0:", "15,", "1:", "40"],
+        ["x", "X-v0", "2", "28", "28", "5", "10", "0:", "15,", "1:", "40"],
+        ["y", "X-v0", "1", "1", "1", "1", "10", "0:", "1"],
     ]
     assert "z_s0" in errors
     assert score(tmp_path / "kept")[0] == table
     before = (tmp_path / "kept/x_s0.csv").read_text()
-    done = run(sys.executable, "-m", "benchmark.score", tmp_path / "data", "--save", tmp_path / "kept", cwd=ROOT)
-    assert done.returncode == 1 and f"--save {tmp_path / 'kept'}: y_s0.csv is there already" in done.stderr
+    with pytest.raises(RunError, match=f"--save {tmp_path / 'kept'}: x_s0.csv is there already"):
+        score(tmp_path / "data", save=tmp_path / "kept")
     assert (tmp_path / "kept/x_s0.csv").read_text() == before
 
 
-def test_test_returns_count_where_there_are_some(tmp_path):
+def test_a_sweep_is_named_as_in_a_plot_its_paths_completed_and_links_followed(score, tmp_path):
+    write(tmp_path / "data/ppo_X-v0/ppo_X-v0_s0", [1, 1, 1, 1], seed=0, clip_ratio=0.1)
+    write(tmp_path / "data/ppo_X-v0/ppo_X-v0_s0_1", [1, 1, 1, 1], seed=0, clip_ratio=0.2)
+    write(tmp_path / "disk/ppo_X-v0_s1", [1, 1, 1, 1], seed=1, clip_ratio=0.2)
+    (tmp_path / "data/ppo_X-v0/ppo_X-v0_s1").symlink_to(tmp_path / "disk/ppo_X-v0_s1")
+    (tmp_path / "data/ppo_X-v0/again").symlink_to("..")
+    lines = score(tmp_path / "data/pp")[0]
+    assert [line[:4] for line in lines] == [["ppo,", "clip_ratio=0.1", "X-v0", "1"], ["ppo,", "clip_ratio=0.2", "X-v0", "2"]]
+
+
+def test_test_returns_count_where_there_are_some(score, tmp_path):
     """The best single test, not a window of epochs, and not the return in training."""
     write(tmp_path / "x_s0", [0, 0, 0, 0], seed=0, num_test_episodes=10)
     rows = (tmp_path / "x_s0/progress.txt").read_text().splitlines()
     tests = ["AverageTestEpRet", "3", "50", "7", "9"]
     (tmp_path / "x_s0/progress.txt").write_text("".join(f"{a}\t{b}\n" for a, b in zip(rows, tests, strict=True)))
-    table, _ = score(tmp_path, "--save", tmp_path / "kept")
-    assert table == [["ppo.py", "X-v0", "1", "50", "50", "9", "10", "0:", "50"]]
+    table, _ = score(tmp_path, save=tmp_path / "kept")
+    assert table == [["x", "X-v0", "1", "50", "50", "9", "10", "0:", "50"]]
     assert score(tmp_path / "kept")[0] == table
 
 
-def test_a_last_line_that_was_cut_off_does_not_finish_a_run(tmp_path):
+def test_a_last_line_that_was_cut_off_does_not_finish_a_run(score, tmp_path):
     write(tmp_path / "x_s0", [5, 5, 5], seed=0)
     write(tmp_path / "x_s1", [1, 1, 1, 1], seed=1)
     for name, rest in dict(x_s0="4000", x_s1="5000\t7").items():
@@ -59,14 +80,41 @@ def test_a_last_line_that_was_cut_off_does_not_finish_a_run(tmp_path):
     assert "left out, not finished: x_s0" in errors and errors.count("incomplete last line") == 2
 
 
-def test_two_runs_of_one_name_are_not_kept_in_one_file(tmp_path):
+def test_what_is_refused(score, tmp_path):
     write(tmp_path / "a/x_s0", [1, 1, 1, 1], seed=0, gamma=0.5)
     write(tmp_path / "b/x_s0", [2, 2, 2, 2], seed=0)
-    done = run(sys.executable, "-m", "benchmark.score", tmp_path / "a", tmp_path / "b", "--save", tmp_path / "kept", cwd=ROOT)
-    assert done.returncode == 1 and not (tmp_path / "kept").exists()
-    assert done.stderr == "error: --save: two of the runs are called x_s0; keep them in different directories\n"
+    write(tmp_path / "unfinished/x_s0", [2, 2], seed=0)
+    with pytest.raises(RunError, match="--save: two of the runs are called x_s0; keep them in different directories"):
+        score(tmp_path / "a", tmp_path / "b", save=tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+    with pytest.raises(RunError, match="--compare 'x' 'sac': no environment has both; there are 'x'"):
+        score(tmp_path / "a", compare=("x", "sac"))
+    done = run(sys.executable, "-m", "benchmark.score", tmp_path / "unfinished", "--compare", "x", "y")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith(f"error: no finished runs below {tmp_path / 'unfinished'}\n")
 
 
-def test_no_runs(tmp_path):
-    done = run(sys.executable, "-m", "benchmark.score", tmp_path, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (1, "") and done.stderr == f"error: no finished runs below {tmp_path}\n"
+def test_a_comparison_by_hand():
+    """Resampled means of a are 0, 1, 2 with probabilities 1/4, 1/2, 1/4; of the four pairs b is above in two, equal in one."""
+    difference, low, high, probability = compare(np.array([0.0, 2.0]), np.array([1.0, 2.0]))
+    assert (difference, low, high, probability) == (0.5, -1, 2, 2.5 / 4)
+    assert compare(np.array([5.0]), np.array([3.0])) == (-2, -2, -2, 0)
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=50), rng.normal(size=200) + 1
+    error = 1.96 * (a.var() / 50 + b.var() / 200) ** 0.5  # by the central limit theorem
+    difference, low, high, _ = compare(a, b)
+    assert (low, high) == pytest.approx((difference - error, difference + error), abs=0.1 * error)
+
+
+def test_experiments_are_compared_by_their_final_returns(score, tmp_path):
+    for seed in range(5):
+        write(tmp_path / f"ppo_X-v0_s{seed}", [9, 9, 1, 1], seed=seed)
+        write(tmp_path / f"my_ppo_X-v0_s{seed}", [0, 0, 3, 5], seed=seed)
+        write(tmp_path / f"ppo_Y-v0_s{seed}", [1, 1, 1, 1], seed=seed, env_id="Y-v0")
+    write(tmp_path / "my_ppo_Y-v0_s0", [0, 0, 0, 0], seed=0, env_id="Y-v0")
+    lines = [" ".join(line) for line in score(tmp_path, compare=("ppo", "my_ppo"))[0]]
+    assert lines[4:6] == [
+        "X-v0, final return of my_ppo (5 seeds) minus that of ppo (5 seeds):",
+        "3 (95% interval 3 to 3), probability of improvement 1.00",
+    ]
+    assert lines[6].startswith("Y-v0, final return of my_ppo (1 seeds)") and lines[8].startswith("fewer than 5 seeds")

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, rows, run
 
@@ -18,10 +20,11 @@ from benchmark.sweep import Args, main, parse, plan, sweep
 from utils.mpi import RunError
 
 FAKE = '''
-import contextlib, itertools, json, pathlib, time
+import contextlib, itertools, json, os, pathlib, shutil, time
 from dataclasses import asdict, dataclass
 
 import tyro
+import utils
 
 
 @dataclass
@@ -44,6 +47,8 @@ class Args:
 
 def train(args):
     """Writes what the Logger of a real script writes; after half of the steps it fails for gamma 0, and waits for others."""
+    if os.path.exists("exit3"):
+        exit(3)
     if args.resume:
         run_dir = pathlib.Path(args.resume)
         args = Args(**json.loads((run_dir / "config.json").read_text())["args"])
@@ -54,9 +59,11 @@ def train(args):
             with contextlib.suppress(FileExistsError):  # another process may have been faster
                 run_dir.mkdir(parents=True)
                 break
-        config = asdict(args) | dict(script="fake.py", ranks=1, args=asdict(args))
+        config = asdict(args) | dict(script=os.path.basename(__file__), ranks=1, args=asdict(args))
         (run_dir / "config.json").write_text(json.dumps(config))
+        shutil.copy(__file__, run_dir)
         (run_dir / "progress.txt").write_text("Epoch\\tAverageEpRet\\tTotalEnvInteracts\\n")
+    os.write(1, b"an environment prints")
     print(f"{run_dir}  ({args.env_id}, seed {args.seed})", flush=True)
     (run_dir / "start").write_text(str(time.time()))
     with open(run_dir / "progress.txt", "a") as progress:
@@ -80,7 +87,8 @@ if __name__ == "__main__":
 def fake(tmp_path, monkeypatch):
     """A script `fake.py` in the current directory, which is empty otherwise."""
     monkeypatch.chdir(tmp_path)
-    module.load.cache_clear()
+    monkeypatch.setattr(module, "check", lambda args, ranks: None)  # there is no environment Fake-v0
+    module.arguments.cache_clear()
     (tmp_path / "fake.py").write_text(FAKE)
     return tmp_path
 
@@ -88,6 +96,15 @@ def fake(tmp_path, monkeypatch):
 def names(command):
     """Of a sweep's runs, as <name>_s<seed>."""
     return [str(run) for run in plan(*parse(shlex.split(command)))]
+
+
+def start(command):
+    """The sweep as a process of its own, which knows of no check."""
+    program = "import runpy, utils.check; utils.check.check = lambda *_: None; "
+    program += "runpy.run_module('benchmark.sweep', run_name='__main__', alter_sys=True)"
+    env = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1")
+    words = [sys.executable, "-c", program, *shlex.split(command)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
 def written(path):
@@ -106,6 +123,7 @@ def written(path):
         ("fake.py --env_id=ns/A-v0", "fake_ns-A-v0_s0"),
         ("fake.py --norm-obs True False", "fake_Fake-v0_norTrue_s0 fake_Fake-v0_norFalse_s0"),
         ("fake.py --hidden-sizes '64 64' 32", "fake_Fake-v0_hid64-64_s0 fake_Fake-v0_hid32_s0"),
+        ("fake.py --hidden_sizes='[64, 64]' --norm_obs=False --seed=2", "fake_Fake-v0_s2"),
         ("fake.py --target-kl 1 2 --target-noise 3 4 --gamma 0 1 --exp-name x", None),
         ("fake.py --exp-name x --seed 0 1", "x_s0 x_s1"),
         ("fake.py --exp-name x --env-id A-v0 B-v0 --gamma 0 1", "x_A-v0_gam0_s0 x_A-v0_gam1_s0 x_B-v0_gam0_s0 x_B-v0_gam1_s0"),
@@ -120,7 +138,29 @@ def test_names(fake, command, expected):
 def test_several_scripts(fake):
     (fake / "my_fake.py").write_text(FAKE)
     assert names("fake.py my_fake.py --env-id A-v0") == ["fake_A-v0_s0", "my_fake_A-v0_s0"]
-    assert names("fake.py my_fake.py --exp-name x") == ["x_fake_s0", "x_my_fake_s0"]
+    assert names("fake.py my_fake.py --exp-name x") == names("fake.py --exp-name x my_fake.py") == ["x_fake_s0", "x_my_fake_s0"]
+
+
+def test_a_flag_goes_to_the_scripts_that_have_it(fake, capfd):
+    (fake / "my_fake.py").write_text(FAKE.replace("    gamma:", "    ent_coef: float = 0.0\n    clip: bool = True\n    gamma:"))
+    runs = plan(*parse("fake.py my_fake.py --ent-coef 0.01 0.02 --no-clip --seed 1".split()))
+    assert list(map(str, runs)) == ["fake_Fake-v0_s1", "my_fake_Fake-v0_ent0-01_s1", "my_fake_Fake-v0_ent0-02_s1"]
+    assert [(run.args.ent_coef, run.args.clip) for run in runs[1:]] == [(0.01, False), (0.02, False)]
+    with pytest.raises(SystemExit):
+        names("fake.py my_fake.py --ent-coefficient 0.01")
+    assert "--ent-coefficient" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "script, stem", [("ppo copy.py", "ppo-copy"), ("größe.py", "gr--e"), ("_ä.py", "script"), ("a/b.py", "b")]
+)
+def test_a_script_of_any_name_and_in_a_folder(fake, script, stem):
+    """Its runs find utils/, and have names that can be given as --exp-name."""
+    (fake / script).parent.mkdir(exist_ok=True)
+    (fake / script).write_text(FAKE)
+    assert main([script, "--skip-done"]) == 0
+    assert (fake / f"data/{stem}_Fake-v0/{stem}_Fake-v0_s0/end").exists()
+    assert [run.returncode for run in plan(*parse([script, "--skip-done"]))] == [0]
 
 
 def test_every_combination_once_under_its_own_name(fake):
@@ -140,7 +180,7 @@ def test_the_same_run_or_name_twice_is_refused(fake, values):
     "command, message",
     [
         ("ppo.py --seed 0 1 --clip-ratio 0.1 -1", r"ppo.py: --clip-ratio -1.0: has to be above 0"),
-        ("ppo.py --env-id CartPole-v1 Walker3d-v4", r"--env-id Walker3d-v4: .*Walker2d-v4"),
+        ("ppo.py --env-id CartPole-v1 Walker3d-v4", r"--env-id Walker3d-v4: .*Walker2d"),
         ("ppo.py td3.py --env-id CartPole-v1", r"td3.py: --env-id CartPole-v1: .*action space"),
         ("ppo.py --env-id CartPole-v1 --num-envs 8 --mpi 3", r"--num-envs 8: .*ranks, 3; try 6 or 9"),
         ("ppo.py --env-id CartPole-v1 --exp-name a/b", r"--exp-name 'a/b'"),
@@ -169,11 +209,11 @@ def test_print(fake, capsys):
         main(shlex.split("fake.py --seed 0 1 --hidden-sizes '8 8' 8 --norm-obs False --print --mpi 4 --data-dir 'my data'")) == 0
     )
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
-    options = "--seed 1 --hidden-sizes 8 8 --no-norm-obs --exp-name fake_Fake-v0_hid8-8 --data-dir".split()
-    assert len(lines) == 4
-    assert lines[2] == ["mpirun", "-n", "4", sys.executable, "fake.py", *options, "my data", "--torch-threads", "1"]
-    main("fake.py --torch-threads 2 --print".split())
-    assert capsys.readouterr().out.split()[:2] == [sys.executable, "fake.py"] and written(fake) == []
+    options = "--seed=1 --hidden-sizes 8 8 --no-norm-obs --exp-name fake_Fake-v0_hid8-8 --data-dir".split()
+    assert len(lines) == 4 and lines[2][0] == "env" and lines[2][1].startswith(f"PYTHONPATH={ROOT}")
+    assert lines[2][2:] == ["mpirun", "-n", "4", sys.executable, "fake.py", *options, "my data", "--torch-threads", "1"]
+    main([str(ROOT / "ppo.py"), "--env-id", "CartPole-v1", "--torch-threads", "2", "--print"])
+    assert shlex.split(capsys.readouterr().out)[:2] == [sys.executable, str(ROOT / "ppo.py")] and written(fake) == []
     assert plan(*parse("fake.py --torch-threads 2".split()))[0].args.torch_threads == 2
 
 
@@ -208,7 +248,7 @@ def test_a_failure_is_reported_and_stops_nothing(fake, capfd):
     out = capfd.readouterr().out
     assert "fake_Fake-v0_gam0-5_s1: return 2.5, 0:00:0" in out and "finished: 2, failed: 2" in out
     report = re.search(r"^FAILED: (.*)\n  (.*)\n  (.*)$", out, re.M).groups()
-    assert report[0].startswith(f"{sys.executable} fake.py --gamma 0 --seed 0 ")
+    assert f"{sys.executable} fake.py --gamma=0 --seed=0 " in report[0]
     assert report[1] == "ValueError: gamma is 0 (exit status 1)"
     assert "Traceback" in (fake / report[2]).read_text() and report[2] == "data/fake_Fake-v0_gam0/fake_Fake-v0_gam0_s0.log"
 
@@ -234,12 +274,18 @@ def test_python_function(fake):
     assert str(runs[1].run_dir) == "x/fake_A-v0_h16/fake_A-v0_h16_s0"
 
 
+@pytest.mark.parametrize("seeds", [(0, 1), range(2), np.arange(2), {0: "", 1: ""}, iter([0, 1])])
+def test_any_iterable_is_a_list_of_values(fake, capsys, seeds):
+    """But a tuple is one value of an argument that is a tuple itself."""
+    runs = sweep("fake.py", {"seed": seeds, "hidden_sizes": (8, 8), "env_id": "A-v0"}, print=True, data_dir="~/x")
+    assert [(run.seed, run.args.hidden_sizes, run.name) for run in runs] == [(k, (8, 8), "fake_A-v0") for k in (0, 1)]
+    assert runs[0].parent == Path.home() / "x/fake_A-v0"
+
+
 def test_interrupted_then_skip_done(fake):
     """Seed 0 is through and seed 1 half through when Ctrl-C comes; seed 2 has not begun."""
     (fake / "hold1").touch()
-    command = f"{sys.executable} -m benchmark.sweep fake.py --seed 0 1 2 --workers 1"
-    env = os.environ | dict(PYTHONPATH=str(ROOT))
-    with subprocess.Popen(command.split(), stdout=subprocess.PIPE, text=True, env=env) as process:
+    with start("fake.py --seed 0 1 2 --workers 1") as process:
         deadline = time.monotonic() + 120
         while not (fake / "data/fake_Fake-v0/fake_Fake-v0_s1/start").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -261,21 +307,67 @@ def test_interrupted_then_skip_done(fake):
     assert all(run.returncode is None for run in other)  # same names, other arguments
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_sweep_and_its_runs_at_once(fake, signum):
+    """Each run gets that signal once and then one SIGINT, and has the time to end by itself."""
+    catch = """import signal, sys
+got = []
+for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    signal.signal(signum, lambda signum, frame: got.append(signum))
+print("data/fake_Fake-v0/fake_Fake-v0_s0  (", flush=True)
+while signal.SIGINT not in got:
+    time.sleep(0.05)
+time.sleep(0.5)
+sys.exit(f"got {sorted(map(int, got))}")
+"""
+    guard = 'if __name__ == "__main__":\n'
+    (fake / "fake.py").write_text(FAKE.replace(guard, f'{guard}    exec("""{catch}""")\n'))
+    with start("fake.py") as process:
+        log = fake / "data/fake_Fake-v0/fake_Fake-v0_s0.log"
+        deadline = time.monotonic() + 120
+        while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (process.pid, int(child)):
+            os.kill(pid, signum)
+        out = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signum and "to go on: python -m benchmark.sweep fake.py --skip-done" in out
+    assert f"got {sorted([int(signum), int(signal.SIGINT)])}" in log.read_text()
+
+
+def test_skip_done_takes_no_run_of_other_code(fake, capfd):
+    (run,) = sweep("fake.py", {})
+    (fake / "fake.py").write_text("# a comment\n" + FAKE.replace("    seed: int = 0", "    seed:  int = 0"))
+    assert plan(Args(("fake.py",), skip_done=True), {})[0].run_dir == run.run_dir
+    (run.run_dir / "checkpoint").mkdir()
+    (run.run_dir / "checkpoint" / "1_rank0.ckpt").touch()
+    (fake / "fake.py").write_text(FAKE.replace("1.25", "1.26"))
+    capfd.readouterr()
+    (again,) = plan(Args(("fake.py",), skip_done=True), {})
+    assert (again.run_dir, again.resumes, again.returncode) == (None, None, None) and again.outdated == run.run_dir
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"{run.run_dir}: was made by other code")
+    (again,) = sweep("fake.py", {}, skip_done=True)
+    assert str(again.run_dir) == f"{run.run_dir}_1"
+    capfd.readouterr()
+    assert plan(Args(("fake.py",), skip_done=True), {})[0].run_dir == again.run_dir and capfd.readouterr().err == ""
+
+
 def test_skip_done_resumes_from_a_checkpoint(fake):
     run_dir = sweep("fake.py", dict(gamma=[0]))[0].run_dir
     (run_dir / "checkpoint").mkdir()
     (again,) = plan(*parse("fake.py --gamma 0 --skip-done".split()))
     assert again.resumes is None  # nothing in there yet
-    (run_dir / "checkpoint" / "1_rank0.pt").touch()
+    (run_dir / "checkpoint" / "1_rank0.ckpt").touch()
     (again,) = plan(*parse("fake.py --gamma 0 --skip-done".split()))
-    assert again.command == [sys.executable, "fake.py", "--resume", str(run_dir)] and again.fraction_before == 0.5
+    assert again.command[-4:] == [sys.executable, "fake.py", "--resume", str(run_dir)] and again.fraction_before == 0.5
 
 
 def test_a_run_whose_last_save_failed_is_not_done(fake):
     """A kill between the last row and the last model.pt: without a checkpoint there is nothing better to do than to keep it."""
     run_dir = sweep("fake.py", {})[0].run_dir
     (run_dir / "checkpoint").mkdir()
-    (run_dir / "checkpoint" / "1_rank0.pt").touch()
+    (run_dir / "checkpoint" / "1_rank0.ckpt").touch()
     (run_dir / "model.pt").touch()
     os.utime(run_dir / "model.pt", (1, 1))
     (again,) = plan(Args(("fake.py",), skip_done=True), {})
@@ -288,8 +380,8 @@ def test_a_run_whose_last_save_failed_is_not_done(fake):
 def test_what_an_earlier_attempt_printed_is_not_this_one_s(fake):
     run_dir = sweep("fake.py", dict(gamma=[0]))[0].run_dir
     (run_dir / "checkpoint").mkdir()
-    (run_dir / "checkpoint" / "1_rank0.pt").touch()
-    (fake / "fake.py").write_text(FAKE.replace('if __name__ == "__main__":', 'if __name__ == "__main__":\n    exit(3)'))
+    (run_dir / "checkpoint" / "1_rank0.ckpt").touch()
+    (fake / "exit3").touch()
     (again,) = sweep("fake.py", dict(gamma=[0]), skip_done=True)
     assert again.run_dir == run_dir and again.error() == "no output (exit status 3)"
     assert "ValueError: gamma is 0" in again.log.read_text()
@@ -315,9 +407,9 @@ def test_two_sweeps_of_one_name_at_once(fake):
 @pytest.mark.parametrize(
     "grid, message",
     [
-        ({"data_dir": ["x"]}, "data_dir: is no argument that a sweep can vary"),
-        ({"exp_name": ["x"]}, "exp_name: is no argument"),
-        ({"resume": ["x"]}, "resume: is no argument"),
+        ({"data_dir": ["x"]}, "--data-dir: .*no argument that a sweep can vary"),
+        ({"exp_name": ["x"]}, "--exp-name: .*no argument"),
+        ({"resume": ["x"]}, "--resume: .*no argument"),
         ({"gamma[g]": [0.1], "gamma": [0.2, 0.3]}, "--gamma: is given twice"),
     ],
 )
@@ -337,6 +429,12 @@ def test_time_left_and_progress(fake):
         (run.run_dir / "progress.txt").write_text(f"TotalEnvInteracts\tAverageEpRet\tAverageTestEpRet\n{row}75\t")  # cut off
     assert module.summary(runs, 2) == "1 finished, 2 running, 3 waiting, 0 failed, 0:00:20 left"
     assert runs[1].progress() == (0.5, "3.5") and runs[0].progress() == (1, "9.0") and runs[5].progress() == (0, "-")
+
+
+def test_the_environment_s_name_is_completed(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (run,) = plan(Args(("ppo.py",), data_dir=str(tmp_path)), {"env-id": ["Pendulum"]})
+    assert (run.name, run.args.env_id) == ("ppo_Pendulum-v1", "Pendulum-v1")
 
 
 def test_real_runs(tmp_path, monkeypatch):

@@ -12,36 +12,37 @@ and the script whose name stands in config.json is the one of that name next to 
 """
 
 import contextlib
-import dataclasses
+import ctypes.util
 import importlib.util
 import itertools
 import json
 import math
 import os
-import pathlib
-import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path, PureWindowsPath
 from typing import Annotated
 
-import gymnasium as gym
+import imageio.v2 as imageio
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 from tyro.conf import FlagCreatePairsOff, Positional, arg, create_mutex_group
 
-from utils.logger import check_finite, one_line, read_config, silence_environments
-from utils.mpi import RunError
+from utils.envs import check_finite, make_env, silence_environments
+from utils.mpi import RunError, one_line
+from utils.run_dir import read_config, same_code
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 FILMS = {".mp4": (50, 480, 30), ".gif": (25, 240, 10)}  # at most: frames a second, pixels a side, seconds
 EITHER = create_mutex_group(required=False)
 
 
 @dataclass
 class Args:
-    run_dir: Positional[pathlib.Path]  # directory of a run, with its config.json and model.pt
+    run_dir: Positional[Path]  # directory of a run, with its config.json and model.pt
     episodes: Annotated[int, arg(aliases=["-n"])] = 10  # episodes to run
     len: Annotated[int | None, arg(aliases=["-l"])] = None  # steps after which an episode is cut; default: where it ends
     deterministic: Annotated[bool, arg(aliases=["-d"]), EITHER] = False  # no noise; the default if the script tests so
@@ -49,19 +50,16 @@ class Args:
     seed: int = 0  # of the environment and the policy's noise
     itr: int | None = None  # epoch of an earlier model, kept by --keep-checkpoints; default: the last model
     render: bool = False  # show the episodes in a window
-    video: pathlib.Path | None = None  # film the episodes: name of an .mp4 (the first 30 seconds) or a .gif (10)
+    video: Path | None = None  # film the episodes: name of an .mp4 (the first 30 seconds) or a .gif (10)
     json: bool = False  # print one JSON object and nothing else
 
 
+@dataclass
 class Policy:
-    """act(obs): what env.step takes, for one observation (obs_dim,).
+    """act(obs): what env.step takes, for one observation (obs_dim,)."""
 
-    `deterministic` is how the script scores its policy: True if it has test episodes, which are deterministic, and False if
-    its score is the return in training. `module` is the ActorCritic.
-    """
-
-    def __init__(self, module, deterministic):
-        self.module, self.deterministic = module, deterministic
+    module: torch.nn.Module  # the ActorCritic
+    deterministic: bool  # as the script scores it: True if it has test episodes, False if by the return in training
 
     def __call__(self, obs, deterministic=None):
         deterministic = self.deterministic if deterministic is None else deterministic
@@ -73,93 +71,74 @@ def load_policy(run_dir, itr=None, render_mode=None):
 
     `render_mode` is Gymnasium's: "human" or "rgb_array". Raises RunError if something is missing, damaged or does not fit.
     """
-    run_dir = pathlib.Path(run_dir)
+    run_dir = Path(run_dir)
     config = read_config(run_dir) | {"device": "cpu", "resume": None}
-    env_id = config.get("env_id")
-    if not isinstance(env_id, str):
-        raise RunError(f"{run_dir / 'config.json'}: names no environment in env_id")
+    env_id, name = str(config.get("env_id")), config["script"]
     weights = _read_weights(run_dir, itr)
     packages = env_id.split(":")[0].split(".") if ":" in env_id else []  # Gymnasium imports each of them
     for place, n in itertools.product(sys.path, range(1, len(packages) + 1)):
-        if pathlib.Path(place, *packages[:n]).resolve().is_relative_to(run_dir.resolve()):
+        if Path(place, *packages[:n]).resolve().is_relative_to(run_dir.resolve()):
             raise RunError(f"{run_dir}: env_id {env_id!r} would execute code of the run directory")
-    script = _import_script(config["script"], run_dir)
-    if render_mode == "rgb_array":
-        _choose_gl()
+    if PureWindowsPath(name).name != name or not name.endswith(".py") or not (ROOT / name).is_file():
+        raise RunError(f"{run_dir / 'config.json'}: its script {name!r} is no Python file in {ROOT}; put it there")
+    if not same_code(run_dir, ROOT / name):
+        print(f"{ROOT / name}: is not the code of this run, which is kept in {run_dir / name}", file=sys.stderr)
+    libraries = [name for name in ("EGL", "OSMesa") if ctypes.util.find_library(name)]
+    if render_mode == "rgb_array" and sys.platform == "linux" and libraries:  # MuJoCo then draws without a window
+        os.environ.setdefault("MUJOCO_GL", libraries[0].lower())
+    script = import_script(ROOT / name)
     try:
         silence_environments()
-        fields = {field.name for field in dataclasses.fields(script.Args)}
-        arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in fields}
-        args = script.Args(**arguments)
+        names = {field.name for field in fields(script.Args)}  # of which older and newer versions may have others
+        args = script.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names})
         options = {"render_mode": render_mode} if render_mode else {}  # which not every environment knows
-        env = gym.make(env_id, max_episode_steps=args.max_ep_len, disable_env_checker=True, **options)
+        env = make_env(env_id, args.max_ep_len, **options)
         with torch.random.fork_rng(devices=[]):
             module = script.ActorCritic(env.observation_space, env.action_space, args)
         module.load_state_dict(weights)
     except Exception as error:  # an environment may raise anything
         gl = f" (MUJOCO_GL is {os.environ['MUJOCO_GL']})" if "MUJOCO_GL" in os.environ and "mujoco" not in sys.modules else ""
-        raise RunError(f"{run_dir}: this run of {config['script']} on {env_id} cannot be loaded: {one_line(error)}{gl}") from None
+        raise RunError(f"{run_dir}: this run of {name} on {env_id} cannot be loaded: {one_line(error)}{gl}") from None
     if render_mode:
         _follow(env)
-    return env, Policy(module.eval(), "num_test_episodes" in fields)
+    return env, Policy(module.eval(), "num_test_episodes" in names)
 
 
 def _read_weights(run_dir, itr):
     """The state_dict of the model, or of its snapshot."""
     path = run_dir / ("model.pt" if itr is None else f"model_{itr}.pt")
     if not path.is_file():
-        kept = sorted(int(p.stem[6:]) for p in run_dir.glob("model_*.pt") if p.stem[6:].isdecimal())
-        there = f"there are {', '.join(map(str, kept))}" if kept else "none was kept (see --keep-checkpoints)"
-        raise RunError(f"{run_dir}: has no model.pt yet" if itr is None else f"--itr {itr}: {path} does not exist; {there}")
+        there = ", ".join(sorted(p.name for p in run_dir.glob("model*.pt"))) or "no model yet"
+        raise RunError(f"{path} does not exist; there is {there} (--keep-checkpoints keeps more than the last)")
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception:  # torch's own message advises to load without weights_only, which would execute the file
         raise RunError(f"{path}: is no file of weights, or is damaged; it was not loaded") from None
 
 
-def _import_script(name, run_dir):
-    """The module of the file `name` next to utils/, under a name of its own: it may be running as __main__."""
-    if pathlib.PureWindowsPath(name).name != name or not name.endswith(".py"):
-        raise RunError(f"{run_dir / 'config.json'}: script {name!r} is not the plain name of a Python file")
-    if not (ROOT / name).is_file():
-        raise RunError(f"{run_dir / 'config.json'}: its script {name} is not in {ROOT}; put it there")
-    spec = importlib.util.spec_from_file_location(f"script_of_run.{name[:-3]}", ROOT / name)
+def import_script(path):
+    """The module of an algorithm file, under a name of its own: it may be running as __main__."""
+    spec = importlib.util.spec_from_file_location(str(path), path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def _choose_gl():
-    """Let MuJoCo draw without a window: set MUJOCO_GL to the first of EGL and OSMesa that works, unless it is set.
-
-    Each is tried in a process of its own, as one that fails leaves PyOpenGL unfit for the other.
-    """
-    if sys.platform != "linux" or "MUJOCO_GL" in os.environ or not importlib.util.find_spec("mujoco"):
-        return
-    for name in ("egl", "osmesa"):
-        probe = [sys.executable, "-c", f"from mujoco.{name} import GLContext; GLContext(16, 16).make_current()"]
-        if subprocess.run(probe, env=os.environ | {"MUJOCO_GL": name}, capture_output=True).returncode == 0:
-            os.environ["MUJOCO_GL"] = name
-            return
-
-
 def _follow(env):
-    """Look through MuJoCo's camera "track", where the model has one, at a floor without an end; the physics stays the same.
-
-    Gymnasium's own choice of camera does not follow the body, and its floors are drawn only 20 or 40 m far.
-    """
+    """Look through MuJoCo's camera "track", as Gymnasium would not, at a floor without end; the physics stays the same."""
     renderer = getattr(env.unwrapped, "mujoco_renderer", None)
-    if renderer:
-        import mujoco
+    if renderer is None:
+        return
+    import mujoco
 
-        model = renderer.model
-        camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
-        if camera >= 0:
-            fixed = dict(type=mujoco.mjtCamera.mjCAMERA_FIXED, fixedcamid=camera)
-            renderer.camera_id, renderer.default_cam_config = camera, fixed
-            floor = (model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE) & (model.geom_matid >= 0) & model.geom_size[:, :2].all(1)
-            model.mat_texrepeat[model.geom_matid[floor]] /= 2 * model.geom_size[floor, :2]  # now per metre
-            model.geom_size[floor, :2] = 0  # no end
+    model = renderer.model
+    camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+    if camera >= 0:
+        renderer.camera_id = camera
+        renderer.default_cam_config = dict(type=mujoco.mjtCamera.mjCAMERA_FIXED, fixedcamid=camera)  # that of a window
+        floor = (model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE) & (model.geom_matid >= 0) & model.geom_size[:, :2].all(1)
+        model.mat_texrepeat[model.geom_matid[floor]] /= 2 * model.geom_size[floor, :2]  # now per metre
+        model.geom_size[floor, :2] = 0  # no end
 
 
 class Camera:
@@ -169,104 +148,77 @@ class Camera:
     """
 
     def __init__(self, env, path):
-        self.env, self.path, self.calls, self.frames = env, pathlib.Path(path), 0, 0
-        self.writer, self.images = None, []  # of an .mp4, of a .gif
-        if self.path.suffix not in FILMS:
-            raise RunError(f"--video {path}: has to end in {' or '.join(FILMS)}")
-        if not self.path.absolute().parent.is_dir():
-            raise RunError(f"--video {path}: its directory does not exist")
+        self.env, self.path, self.calls, self.writer = env, Path(path), 0, None
+        kind = self.path.suffix.lower()
+        if kind not in FILMS or not self.path.absolute().parent.is_dir():
+            raise RunError(f"--video {path}: has to end in {' or '.join(FILMS)}, in a directory that exists")
         if env.render_mode != "rgb_array":
             raise RunError(f"--video {path}: {env} draws no pictures; it needs render_mode='rgb_array'")
-        max_fps, self.max_pixels, seconds = FILMS[self.path.suffix]
-        env_fps = env.metadata.get("render_fps") or 30
-        self.every = math.ceil(env_fps / max_fps)
-        self.fps = env_fps / self.every
-        self.max_frames = int(seconds * self.fps)
-
-    def __call__(self):
-        self.calls += 1
-        if (self.calls - 1) % self.every == 0 and self.frames < self.max_frames:
-            frame = self._draw()
-            with self._writing():
-                self._write(frame)
-            self.frames += 1
+        max_fps, self.max_pixels, seconds = FILMS[kind]
+        self.env_fps = env.metadata.get("render_fps") or 30
+        self.every = math.ceil(self.env_fps / max_fps)
+        self.max_calls, fps = seconds * self.env_fps, self.env_fps / self.every
+        gif = dict(duration=10 * round(100 / fps), loop=0)  # in ms, of which a .gif stores the tens
+        self.options = gif if kind == ".gif" else dict(fps=fps, macro_block_size=2)
 
     @contextlib.contextmanager
-    def _writing(self):
-        try:
-            yield
-        except (OSError, ImportError) as error:
-            raise RunError(f"--video {self.path}: cannot be written: {one_line(error)}") from None
-
-    def _draw(self):
+    def _errors_in_one_line(self):
+        hint = "; MuJoCo needs EGL or OSMesa: apt install libegl1 libgl1, or libosmesa6 and MUJOCO_GL=osmesa"
+        hint = hint if hasattr(self.env.unwrapped, "mujoco_renderer") and not self.writer else ""
         try:
             with warnings.catch_warnings(action="ignore"):  # of GLFW, which says less than the error
-                return self.env.render()  # (height, width, 3)
+                yield
         except Exception as error:  # OpenGL's libraries fail in many ways
-            hint = "; MuJoCo needs EGL or OSMesa: apt install libegl1 libgl1, or libosmesa6"
-            hint = hint if hasattr(self.env.unwrapped, "mujoco_renderer") else ""
-            raise RunError(f"--video {self.path}: the environment cannot be drawn: {one_line(error)}{hint}") from None
+            raise RunError(f"--video {self.path}: cannot be filmed: {one_line(error)}{hint}") from None
 
-    def _write(self, frame):
-        import imageio.v2 as imageio
-        from PIL import Image
+    def __call__(self):
+        if self.calls % self.every == 0 and self.calls < self.max_calls:
+            with self._errors_in_one_line():
+                picture = Image.fromarray(self.env.render())  # (height, width, 3)
+                picture.thumbnail((self.max_pixels, self.max_pixels))
+                self.writer = self.writer or imageio.get_writer(self.path, **self.options)
+                self.writer.append_data(np.asarray(picture))
+        self.calls += 1
 
-        scale = min(1, self.max_pixels / max(frame.shape))
-        size = [max(1, round(n * scale / 2)) * 2 for n in (frame.shape[1], frame.shape[0])]  # even, as H.264 wants
-        image = Image.fromarray(frame).resize(size)
-        if self.path.suffix == ".gif":
-            self.images.append(image)
-            return
-        self.writer = self.writer or imageio.get_writer(self.path, fps=self.fps, macro_block_size=2)
-        self.writer.append_data(np.asarray(image))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        with self._writing():
-            if self.images:
-                first, *others = self.images  # their duration is stored in hundredths of a second
-                first.save(self.path, save_all=True, append_images=others, duration=10 * round(100 / self.fps), loop=0)
-            if self.writer:
+    def close(self):
+        """Complete the file."""
+        if self.writer:
+            with self._errors_in_one_line():
                 self.writer.close()
-                if not error:  # a full disk, of which `close` is silent, leaves what cannot be read
-                    import imageio.v2 as imageio
-
-                    imageio.get_reader(self.path).close()
+                imageio.get_reader(self.path).close()  # fails after a full disk, of which the writer may say nothing
 
 
 def play(env, act, episodes=1, deterministic=None, max_len=None, seed=0, watch=lambda: None):
-    """Run episodes; yields the return and the length of each. `watch()` is called after each reset and step.
+    """Run episodes of an environment of `load_policy` or `make_env`; yields the return and the length of each.
 
-    Episode k depends on (seed, k) alone, and torch's random state outside is left as it was.
+    `watch()` is called after each reset and step. Episode k depends on (seed, k) alone, and torch's random state outside stays.
     """
     for k in range(episodes):
         env_seed, torch_seed = map(int, np.random.SeedSequence([seed, k]).generate_state(2))
         with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
             torch.manual_seed(torch_seed)
-            (obs, _), ret, length, ended = env.reset(seed=env_seed), 0.0, 0, False
+            (obs, _), ended = env.reset(seed=env_seed), False
             watch()
-            while not ended and length != max_len:
+            while not ended and env.ep_len != max_len:
                 obs, rew, terminated, truncated, _ = env.step(act(obs, deterministic))
-                check_finite(length, observation=obs, reward=rew)
-                ret, length, ended = ret + float(rew), length + 1, terminated or truncated
+                check_finite(env.ep_len - 1, observation=obs, reward=rew)
+                ended = terminated or truncated
                 watch()
-        yield ret, length
+        yield env.ep_ret, env.ep_len
 
 
 def film(env, act, path, episodes=1, deterministic=None, max_len=None, seed=0):
     """Run episodes of an environment with render_mode="rgb_array" and film them. Returns a list of (return, length).
 
     `path` is an .mp4 (at most 30 seconds) or a .gif (10). Raises RunError where nothing can be drawn or written."""
-    with Camera(env, path) as camera:
+    with contextlib.closing(Camera(env, path)) as camera:
         return list(play(env, act, episodes, deterministic, max_len, seed, camera))
 
 
 def evaluate(args):
     """What the command line does; returns what --json prints."""
-    for name in ("episodes", "len", "seed", "itr"):
-        value, least = getattr(args, name), int(name in ("episodes", "len"))
+    for name, least in dict(episodes=1, len=1, seed=0).items():
+        value = getattr(args, name)
         if value is not None and value < least:
             raise RunError(f"--{name} {value}: has to be at least {least}")
     if args.render and args.video:
@@ -277,7 +229,7 @@ def evaluate(args):
     env, act = load_policy(args.run_dir, args.itr, mode)
     deterministic = args.deterministic or (act.deterministic and not args.no_deterministic)
     rets, lens = [], []
-    with Camera(env, args.video) if args.video else contextlib.nullcontext(lambda: None) as watch:
+    with contextlib.closing(Camera(env, args.video)) if args.video else contextlib.nullcontext(lambda: None) as watch:
         for ret, length in play(env, act, args.episodes, deterministic, args.len, args.seed, watch):
             print(f"episode {len(rets)}  return {ret:.2f}  length {length}", flush=True)
             rets.append(ret)
@@ -288,16 +240,20 @@ def evaluate(args):
     kind = "deterministic" if deterministic else "stochastic"
     print("  ".join(f"{name} {value:.2f}" for name, value in summary.items()) + f"  ({kind} policy)")
     if args.video:
-        print(f"{args.video}: {watch.frames / watch.fps:.1f} s, {args.video.stat().st_size / 1e6:.1f} MB")
-    env_id = read_config(args.run_dir)["env_id"]
-    run = dict(run_dir=str(args.run_dir), env_id=env_id, itr=args.itr, deterministic=deterministic, seed=args.seed)
-    return run | dict(video=args.video and str(args.video), returns=rets, lengths=lens) | summary
+        seconds = min(watch.calls, watch.max_calls) / watch.env_fps
+        print(f"{args.video}: {seconds:.1f} s, {args.video.stat().st_size / 1e6:.1f} MB")
+    result = dict(run_dir=str(args.run_dir), env_id=read_config(args.run_dir)["env_id"], itr=args.itr, seed=args.seed)
+    result |= dict(deterministic=deterministic, video=args.video and str(args.video), returns=rets, lengths=lens)
+    return result | summary
 
 
 if __name__ == "__main__":
     cli_args = tyro.cli(Args, config=(FlagCreatePairsOff,))
     torch.set_num_threads(1)  # a second one gains little for networks of this size
-    with contextlib.redirect_stdout(sys.stderr if cli_args.json else sys.stdout):  # environments print too
-        result = evaluate(cli_args)
     if cli_args.json:
-        print(json.dumps(result))
+        stdout = os.dup(1)
+        os.dup2(2, 1)  # whatever else is printed, by a C library too, goes to stderr
+    result = evaluate(cli_args)
+    if cli_args.json:
+        with open(stdout, "w") as file:
+            print(json.dumps(result), file=file)

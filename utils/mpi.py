@@ -8,6 +8,7 @@ mpi4py is imported only under a launcher, so a plain `python ppo.py` needs no MP
 
 import ctypes
 import os
+import random
 import signal
 import sys
 import time
@@ -21,9 +22,42 @@ class RunError(RuntimeError):
     """What the user can mend, or has to know: shown as one line, without a traceback."""
 
 
+def one_line(error):
+    """The text of an error, however many lines it has, for a message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 300 else text[:300] + " ..."
+
+
+def say(text, file=None):
+    """Print a line, as long as somebody can read it: a pipe may be closed, a disk full, a terminal gone."""
+    file = file or sys.stdout
+    try:
+        encoding = getattr(file, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # also for what others print there until the end
+        if file is sys.stdout:
+            say(f"the output cannot be written any more ({error.strerror}); the run goes on without it", sys.stderr)
+
+
+def _launched():
+    """How many processes the launcher has started for MPI; 1 in a process that a rank has started for itself."""
+    env = os.environ
+    try:
+        "PMI_FD" in env and os.fstat(int(env["PMI_FD"]))
+    except OSError:  # MPICH's line to the launcher is the rank's alone
+        return 1
+    ranks = max(int(env.get(name, 1)) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    name, variable = ("torchrun", "WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in env else ("srun", "SLURM_STEP_NUM_TASKS")
+    others = int(env.get(variable, 1))
+    if ranks == 1 and others > 1:
+        raise SystemExit(f"error: {name} would start {others} identical runs; take mpirun -n {others} python {sys.argv[0]}")
+    return ranks
+
+
 def _connect():
     """The communicator of all ranks, or None in a single process."""
-    launched = max(int(os.environ.get(name, 1)) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    launched = _launched()
     if launched == 1:
         return None
     if sys.platform == "linux":  # die with the launcher, which may end without ending its ranks
@@ -45,9 +79,9 @@ def _excepthook(kind, error, trace):
     if isinstance(error, RunError):
         if rank() > 0:
             time.sleep(1)  # most such errors hit every rank: leave the printing to rank 0, whose abort ends this wait
-        text = f"error: {error}"
+        text = "\n".join([f"error: {error}", *getattr(error, "__notes__", [])])
     else:
-        text = "".join(traceback.format_exception(kind, error, trace)).rstrip()
+        text = "".join(traceback.format_exception(kind, error, trace)).rstrip()  # with its notes
     print(f"[rank {rank()}] {text}" if _comm else text, file=sys.stderr, flush=True)
     abort()
 
@@ -115,18 +149,18 @@ def share(value):
     return _comm.bcast(value) if _comm else value
 
 
-def gather(values):
-    """The values of all ranks, one list after the other, as a float64 array (n,) that every rank gets."""
-    values = np.asarray(values, dtype=np.float64).ravel()
-    return np.concatenate(_comm.allgather(values)) if _comm else values
+def gather(x):
+    """What the ranks pass, in a list that every rank gets."""
+    return _comm.allgather(x) if _comm else [x]
 
 
 def seed_everything(seed):
-    """Seed this rank's torch and NumPy; returns a NumPy generator that draws the environments' seeds.
+    """Seed this rank's torch, NumPy and Python; returns a NumPy generator that draws the environments' seeds.
 
     The streams come from `numpy.random.SeedSequence([seed, rank])`: ranks and neighbouring seeds share nothing.
     """
     torch_seed, numpy_seed, env_seed = np.random.SeedSequence([seed, rank()]).generate_state(3)
     torch.manual_seed(int(torch_seed))
     np.random.seed(int(numpy_seed))
+    random.seed(int(numpy_seed))
     return np.random.default_rng(int(env_seed))

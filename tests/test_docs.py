@@ -1,0 +1,222 @@
+"""Pages that cannot go stale: their code stands in the files, links resolve, commands parse, and the numbers are ours."""
+
+import ast
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import shutil
+import sys
+
+import pytest
+import tyro
+from conftest import OFF_POLICY, ON_POLICY, ROOT, rows, run, small, small_off_policy
+from tyro.conf import FlagCreatePairsOff
+
+import ppo
+import sac
+from benchmark import sweep
+from benchmark.report import Args as ReportArgs
+from benchmark.report import load_cells, number
+from utils.args import cli
+from utils.mpi import RunError
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SCRIPTS = {f"{script.__name__}.py": script for script in ON_POLICY + OFF_POLICY}
+
+
+def blocks(page):
+    """The fenced blocks of a page: the line before each that is not blank, its language, its text."""
+    before, language, lines = "", None, []
+    for line in page.read_text().splitlines():
+        if line.startswith("```"):
+            if language is not None:
+                yield before, language, "\n".join(lines)
+            language, lines = (line[3:].strip(), []) if language is None else (None, [])
+        elif language is not None:
+            lines.append(line)
+        elif line.strip():
+            before = line
+
+
+def prose(page):
+    """The text of a page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+
+
+def anchors(page):
+    """What may stand after the # in a link to a page: GitHub's names of its headings."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.fixture(params=PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def page(request):
+    return request.param
+
+
+def test_a_page_is_short(page):
+    assert len(page.read_text().splitlines()) <= 150
+    assert page.name != "README.md" or len(page.read_text().split()) <= 1000
+
+
+def test_quoted_code_stands_in_its_file(page):
+    """Word for word, in whole lines. On an algorithm's page each block names its file, elsewhere those do that quote one."""
+    for before, language, text in blocks(page):
+        if language == "python":
+            name = re.fullmatch(r"(?:.* )?`([\w/]+\.py)`:", before)
+            assert name or f"{page.stem}.py" not in SCRIPTS, f"names no file: {text}"
+            if name:
+                assert f"\n{text}\n" in (ROOT / name[1]).read_text(), f"not in {name[1]}:\n{text}"
+            else:
+                for node in ast.walk(ast.parse(text)):
+                    if isinstance(node, ast.ImportFrom) and (ROOT / f"{node.module.replace('.', '/')}.py").exists():
+                        assert all(hasattr(importlib.import_module(node.module), alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_pseudocode_names_our_functions(name):
+    page, source = ROOT / "docs" / f"{name[:-3]}.md", (ROOT / name).read_text()
+    text = page.read_text().split("## Pseudocode")[1].split("```")[1]
+    called = set(re.findall(r"(\w+)\(", text))
+    assert len(called) >= 6
+    assert [function for function in called if f"{function}(" not in source] == []
+
+
+def test_links_resolve(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if not target.startswith(("http://", "https://")):
+            file, _, anchor = target.partition("#")
+            path = (page.parent / file).resolve() if file else page
+            assert path.exists(), target
+            assert not anchor or anchor in anchors(path), target
+
+
+def test_arxiv_ids_are_well_formed(page):
+    """YYMM.NNNN until 2014, YYMM.NNNNN since."""
+    for written in re.findall(r"(?i)arxiv(?::|\.org/(?:abs|pdf)/)(\S*\w)", page.read_text()):
+        month, end = r"(0[1-9]|1[0-2])\.", r"(?!\w)"
+        assert re.match(rf"(0[7-9]|1[0-4]){month}\d{{4}}{end}|(1[5-9]|2\d){month}\d{{5}}{end}", written), written
+
+
+def commands(page):
+    """The command lines of a page that start Python, as lists of words: of its blocks, and of its prose between backticks."""
+    shell = [text.replace("\\\n", "") for _, language, text in blocks(page) if language in ("", "sh")]
+    texts = [line for text in shell for line in text.splitlines()]
+    texts += re.findall(r"`([^`\n]+)`", prose(page))
+    for text in texts:
+        for part in re.split(r"&&|\$ ", text):
+            words = shlex.split(part, comments=True) if part.count("'") % 2 == 0 else []
+            words = words[words.index("python") :] if words[:1] == ["mpirun"] and "python" in words else words
+            if words[:1] == ["python"] and len(words) > 1:
+                yield words[1:]
+
+
+def parses(parse, *args, **options):
+    """What a function that parses a command line says against it; an empty string if nothing."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            parse(*args, **options)
+        except SystemExit as end:
+            return said.getvalue() if end.code else ""
+        except RunError:  # its flags exist, but the run that it names does not
+            pass
+    return ""
+
+
+def test_commands_parse(page, tmp_path, monkeypatch):
+    """The flags exist, and a sweep would start. my_ppo.py is a copy of ppo.py."""
+    for name in SCRIPTS:
+        shutil.copy(ROOT / name, tmp_path / name)
+        shutil.copy(ROOT / name, tmp_path / f"my_{name}")
+    monkeypatch.chdir(tmp_path)
+    for first, *words in commands(page):
+        said = ""
+        if first == "-m" and words[0] == "benchmark.sweep":
+            assert sweep.main([*words[1:], "--print"]) == 0
+        elif first == "-m" and words[0] == "pytest":
+            said = "".join(word for word in words[1:] if word.startswith("tests") and not (ROOT / word).exists())
+        elif first == "-m" and words[0].startswith(("utils.", "benchmark.")):
+            config = (FlagCreatePairsOff,) if words[0] == "utils.evaluate" else ()  # as that module does
+            said = parses(tyro.cli, importlib.import_module(words[0]).Args, args=words[1:], config=config)
+        elif first.removeprefix("my_") in SCRIPTS:
+            said = parses(cli, SCRIPTS[first.removeprefix("my_")].Args, words)
+        elif first.endswith(".py"):
+            said = "" if (ROOT / first).exists() else "no such file"
+        assert not said, f"{first} {' '.join(words)}: {said}"
+
+
+def test_the_environment_of_running_can_be_trained(tmp_path):
+    code = next(text for before, _, text in blocks(ROOT / "docs/running.md") if "my_env.py" in before)
+    (tmp_path / "my_env.py").write_text(code + "\n")
+    words = next(words for words in commands(ROOT / "docs/running.md") if "my_env:Line-v0" in words)
+    assert words[-2:] == ["--total-steps", "20000"]  # after which it walks to the middle; here two epochs have to do
+    done = run(sys.executable, ROOT / words[0], *words[1:-1], 4000, "--data-dir", tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert len(rows(tmp_path / "ppo_my_env-Line-v0/ppo_my_env-Line-v0_s0")) == 2
+
+
+def test_the_values_of_a_trained_run_can_be_had(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = next(text for _, _, text in blocks(ROOT / "docs/metrics.md") if "ret_stats.denormalise" in text)
+    for script, arguments in (ppo, small), (sac, small_off_policy):
+        script.train(arguments(script, "data", env_id="Hopper-v4"))
+    found = {}
+    exec(code, found)
+    assert found["v"].shape == () and found["q1"].shape == found["q2"].shape == (1,)
+
+
+def documented():
+    """From a column of progress.txt to the files that write it, by docs/metrics.md: headings above the files in italics."""
+    text = (ROOT / "docs/metrics.md").read_text()
+    return {name: set(files.split(", ")) for name, files in re.findall(r"^### `(\w+)`\n\*([a-z0-9, ]+)\.\*", text, re.M)}
+
+
+def written(tmp_path):
+    """From a column of progress.txt to the files that write it, by a run of each. Average, Std, Max and Min are one."""
+    found = {}
+    for script in ON_POLICY + OFF_POLICY:
+        args = (small if script in ON_POLICY else small_off_policy)(script, tmp_path, exp_name=script.__name__)
+        script.train(args)
+        columns = list(rows(tmp_path / script.__name__ / f"{script.__name__}_s0", without=())[0])
+        for column in columns:
+            four = re.fullmatch("(Average|Std|Max|Min)(.+)", column)
+            name = four[2] if four and f"Average{four[2]}" in columns else column
+            found.setdefault(name, set()).add(script.__name__)
+    return found
+
+
+def test_every_column_is_explained(tmp_path):
+    assert documented() == written(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def cells():
+    args = ReportArgs(*(ROOT / path for path in (ReportArgs.results, ReportArgs.studies, ReportArgs.published)))
+    return [cell for family in load_cells(args).values() for cell in family if cell.experiment]
+
+
+def minutes(cell):
+    """Of one core for 1,000,000 steps at the median speed of the cell's rows, which pauses of the machine do not change."""
+    speeds = [speed for run in cell.experiment.runs.values() for speed in run.rows["steps_per_sec"]]
+    return 1_000_000 / sorted(speeds)[len(speeds) // 2] / 60
+
+
+def test_expected_returns_are_the_benchmarks(cells):
+    """The mean return of the last tenth of the first 100,000, 300,000 and 1,000,000 steps, as the report's final 10%."""
+    for cell in cells:
+        rets = cell.experiment.curves(window=1)  # a column for each seed
+        tenths = [rets[(rets.index > 0.9 * steps) & (rets.index <= steps)] for steps in (100_000, 300_000, 1_000_000)]
+        points = [tenth.mean().mean() for tenth in tenths]
+        line = f"| {cell.env_id} | {' | '.join(f'{point:,.0f}' for point in points)} | {minutes(cell):.0f} |"
+        assert line in (ROOT / f"docs/{cell.algo}.md").read_text().splitlines(), f"docs/{cell.algo}.md lacks {line}"
+
+
+def test_the_readmes_returns_are_the_benchmarks(cells):
+    text = (ROOT / "README.md").read_text()
+    for cell in cells:
+        if cell.env_id == "HalfCheetah-v4":
+            line = f"| {number(cell.best)} | {number(cell.final)} | {minutes(cell):.0f} |\n"
+            assert re.search(rf"\[`{cell.algo}.py`\].*{re.escape(line)}", text), f"README.md lacks {cell.algo}'s {line}"

@@ -1,0 +1,265 @@
+"""What people bring along: signals, pipes, odd environments, launchers, spellings, clocks."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import OFF_POLICY, ON_POLICY, ROOT, Count, rows, run, small, small_off_policy
+
+import ppo
+import td3
+from utils.args import cli
+from utils.check import check
+from utils.mpi import RunError
+
+ALL = pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY, ids=lambda script: script.__name__)
+BOTH = pytest.mark.parametrize("script", [ppo, td3], ids=lambda script: script.__name__)  # a file of each family
+SMALL = "--env-id CartPole-v1 --total-steps 800 --steps-per-epoch 200 --num-envs 2 --minibatch-size 50 --exp-name x".split()
+
+
+def register(name, **members):
+    """An environment that is Count with other members."""
+    gym.envs.registration.registry.pop(name, None)
+    gym.register(name, lambda **options: type("Mine", (Count,), members)(**options))
+
+
+def arguments(script, folder, **changes):
+    return (small if script in ON_POLICY else small_off_policy)(script, folder, exp_name="x", **changes)
+
+
+def start(script, *options, **popen):
+    """A long run in a process of its own, once its first checkpoint is there."""
+    env = os.environ | dict(OMP_NUM_THREADS="1")
+    command = [sys.executable, ROOT / script, *map(str, options)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **popen)
+    folder = pathlib.Path(options[options.index("--data-dir") + 1])
+    deadline = time.monotonic() + 100
+    while not list(folder.glob("x/x_s0/checkpoint/*.ckpt")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return process
+
+
+LONG = "--total-steps 1000000 --exp-name x --save-freq 100".split()
+LONG_OFF_POLICY = [*LONG, *"--env-id Pendulum-v1 --steps-per-epoch 500 --update-after 300 --hidden-sizes 8 8 --num-test-episodes 1".split()]
+
+
+@pytest.mark.parametrize("script, options", [("ppo.py", [*LONG, "--env-id", "CartPole-v1"]), ("td3.py", LONG_OFF_POLICY)])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_a_checkpoint(script, options, signum, tmp_path):
+    process = start(script, *options, "--data-dir", tmp_path)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum and "Traceback" not in err, err
+    assert f"{signum.name}: writing a checkpoint" in out and f"--resume {tmp_path}/x/x_s0" in out.splitlines()[-1]
+    before = len(rows(tmp_path / "x/x_s0"))
+    assert before > 1 or script == "td3.py"  # not that of the first epoch
+    module = {"ppo.py": ppo, "td3.py": td3}[script]
+    args = module.Args(resume=str(tmp_path / "x/x_s0"))
+    module.train(module.Args(resume=str(tmp_path / "x/x_s0"), total_steps=(before + 2) * args.steps_per_epoch))
+    assert len(rows(tmp_path / "x/x_s0")) == before + 2
+
+
+def test_the_second_signal_ends_at_once(tmp_path):
+    """The first would wait for the end of an epoch of a million steps."""
+    options = ["--total-steps", 10**7, "--steps-per-epoch", 10**6, "--exp-name", "x", "--data-dir", tmp_path, "--env-id", "CartPole-v1"]
+    env = os.environ | dict(OMP_NUM_THREADS="1")
+    command = [sys.executable, "-u", ROOT / "ppo.py", *map(str, options)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+        process.stdout.readline()
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+        assert process.wait(10) == 143
+    assert not (tmp_path / "x").exists()  # nothing had been reached
+
+
+def test_nohup_is_heard(tmp_path):
+    ignoring = dict(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = start("ppo.py", *LONG, "--env-id", "CartPole-v1", "--data-dir", tmp_path, **ignoring)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("reader", ["| head -1", "> /dev/full", "| (sleep 1)"])
+def test_a_reader_that_goes_away_stops_nothing(reader, tmp_path):
+    """The epochs are slow enough for the reader to be gone before the last lines are printed."""
+    program = "import time, ppo, utils.display as d; d.SECONDS_BETWEEN_LINES = 0.01; u = ppo.update; "
+    program += "ppo.update = lambda *x: (time.sleep(0.3), u(*x))[1]; ppo.train(ppo.cli(ppo.Args))"
+    command = f"set -o pipefail; {sys.executable} -c '{program}' {' '.join(SMALL)} --data-dir {tmp_path} {reader}"
+    done = run("bash", "-c", command, cwd=ROOT)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("the output cannot be written any more") == 1 and done.stderr.count("\n") == 1
+    assert len(rows(tmp_path / "x/x_s0")) == 4 and list((tmp_path / "x/x_s0/checkpoint").iterdir())
+
+
+@BOTH
+@pytest.mark.parametrize("kind", [np.float16, np.float32, lambda x: np.array([x])], ids=["float16", "float32", "array"])
+def test_rewards_of_other_kinds(script, kind, tmp_path):
+    """Summed in their own kind, 3,000 ones were 2,048, and thousands of tenths not what they are."""
+
+    def step(self, action):
+        obs, _, terminated, truncated, info = Count.step(self, np.clip(action, -0.4, 0.4))
+        return obs, kind(1 if kind is np.float16 else 0.1), np.array([terminated]), truncated, info
+
+    register("Kinds-v0", step=step)
+    options = dict(env_id="Kinds-v0", max_ep_len=3000, total_steps=6000, steps_per_epoch=6000)
+    options |= dict(num_envs=1) if script in ON_POLICY else dict(start_steps=6000, update_after=6001)
+    gym.registry["Kinds-v0"].kwargs["length"] = 10**6
+    script.train(arguments(script, tmp_path, **options))
+    expected = sum([float(kind(1 if kind is np.float16 else 0.1).item())] * 3000)
+    (row,) = rows(tmp_path / "x/x_s0")
+    assert {float(row[name]) for name in row if name.startswith(("Max", "AverageTest")) and "EpRet" in name} == {expected}
+
+
+def test_what_is_no_number_is_refused_by_name(tmp_path):
+    register("Pair-v0", step=lambda self, action: (np.zeros(1), np.array([1.0, 2.0]), False, False, {}))
+    with pytest.raises(RunError, match=r"the environment's reward has to be one number, not \[1. 2.\]"):
+        ppo.train(arguments(ppo, tmp_path, env_id="Pair-v0"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_dir_that_is_a_dangling_link(tmp_path):
+    (tmp_path / "scratch").symlink_to(tmp_path / "purged")
+    with pytest.raises(RunError, match="--data-dir .*scratch.* is a link to .*purged, which does not exist"):
+        ppo.train(arguments(ppo, tmp_path / "scratch"))
+
+
+@ALL
+def test_spellings_of_a_wandb_agent(script):
+    """And steps as physicists write them."""
+    words = ["--norm_obs=False"] * (script in ON_POLICY) + ["--track=True", "--hidden_sizes=[32, 32]", "--total-steps", "1e6"]
+    args = cli(script.Args, words)
+    assert (args.track, args.hidden_sizes, args.total_steps) == (True, (32, 32), 10**6)
+    assert not getattr(args, "norm_obs", False) and cli(script.Args, ["--track=false", "--hidden_sizes=(8,)"]).hidden_sizes == (8,)
+    with pytest.raises(SystemExit):
+        cli(script.Args, ["--total-steps", "1.5"])
+
+
+def test_the_id_is_that_of_wandb(tmp_path):
+    pytest.importorskip("wandb")
+    wandb = dict(WANDB_MODE="offline", WANDB_RUN_ID="agent7")
+    done = run(sys.executable, ROOT / "ppo.py", *SMALL, "--track", "--data-dir", tmp_path, cwd=tmp_path, **wandb)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "x/x_s0/config.json").read_text())["wandb_id"] == "agent7"
+    assert list(tmp_path.glob("x/x_s0/wandb/offline-run-*-agent7"))
+
+
+def test_several_seeds_are_a_sweep(tmp_path):
+    done = run(sys.executable, ROOT / "ppo.py", "--seed", 0, 1, 2, "--gamma", 0.9, cwd=tmp_path)
+    assert done.returncode == 2 and "python -m benchmark.sweep ppo.py --seed 0 1 2 --gamma 0.9" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "launcher, name",
+    [
+        (dict(TORCHELASTIC_RUN_ID="none", WORLD_SIZE="2", LOCAL_RANK="0"), "torchrun"),
+        (dict(SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0"), "srun"),
+    ],
+)
+def test_other_launchers_start_nothing(launcher, name, tmp_path):
+    done = run(sys.executable, ROOT / "ppo.py", *SMALL, cwd=tmp_path, **launcher)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"{name} would start 2 identical runs; take mpirun -n 2 python" in done.stderr and not any(tmp_path.iterdir())
+
+
+def test_a_run_that_a_rank_starts_is_alone(tmp_path):
+    """It inherits the environment of the rank, but not its line to the launcher."""
+    program = f"""
+import subprocess, sys
+from mpi4py import MPI
+if MPI.COMM_WORLD.Get_rank() == 1:
+    command = [sys.executable, {str(ROOT / "ppo.py")!r}, *{SMALL!r}, "--data-dir", {str(tmp_path)!r}]
+    subprocess.run(command, check=True)
+"""
+    (tmp_path / "program.py").write_text(program)
+    done = run("mpirun", "-n", 2, sys.executable, tmp_path / "program.py")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "x/x_s0/config.json").read_text())["ranks"] == 1
+
+
+def test_the_id_that_was_made_is_recorded(tmp_path, capsys):
+    args = ppo.Args(env_id="InvertedPendulum")
+    check(args)
+    newest = max(int(name.rpartition("v")[2]) for name in gym.registry if name.startswith("InvertedPendulum-v"))
+    assert args.env_id == f"InvertedPendulum-v{newest}"
+    args = ppo.Args(env_id="conftest:Count")
+    check(args)
+    assert args.env_id == "conftest:Count-v0"
+    ppo.train(small(ppo, tmp_path, env_id="CartPole", exp_name=None))
+    assert json.loads((tmp_path / "ppo_CartPole-v1/ppo_CartPole-v1_s0/config.json").read_text())["env_id"] == "CartPole-v1"
+    assert "(CartPole-v1, seed 0" in capsys.readouterr().out
+
+
+def test_a_clock_that_is_set_back(tmp_path, monkeypatch):
+    now = iter(range(10**6, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    ppo.train(arguments(ppo, tmp_path))
+    ppo.train(ppo.Args(resume=str(tmp_path / "x/x_s0"), total_steps=800))
+    times = [float(row["Time"]) for row in rows(tmp_path / "x/x_s0", without=())]
+    assert len(times) == 4 and sorted(times) == times and 0 < times[0] and times[-1] < 100
+    assert all(float(row["StepsPerSec"]) > 0 for row in rows(tmp_path / "x/x_s0", without=()))
+
+
+@BOTH
+def test_a_run_that_fails_before_its_first_row_leaves_nothing(script, tmp_path):
+    def fail(self, *args, **options):
+        raise OSError("no licence")
+
+    for members in dict(reset=fail), dict(step=fail):
+        register("Fails-v0", **members)
+        with pytest.raises(OSError, match="no licence"):
+            script.train(arguments(script, tmp_path, env_id="Fails-v0"))
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_simulator_error_names_the_checkpoint(tmp_path):
+    (tmp_path / "mine.py").write_text(f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import ppo
+collect = ppo.Buffer.collect
+def broken(self, ac):
+    if self.steps == 600:
+        raise ValueError("unstable simulation")
+    return collect(self, ac)
+ppo.Buffer.collect = broken
+ppo.train(ppo.cli(ppo.Args))
+""")
+    done = run(sys.executable, tmp_path / "mine.py", *SMALL, "--data-dir", tmp_path, "--save-freq", 1)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    *_, error, hint = done.stderr.splitlines()
+    assert error == "ValueError: unstable simulation" and hint.startswith("to go on: python ") and hint.endswith(f"{tmp_path}/x/x_s0")
+
+
+def test_no_colours_in_a_log_and_no_folder_called_tilde(tmp_path):
+    done = run(sys.executable, ROOT / "ppo.py", *SMALL, "--data-dir", "~/runs", cwd=tmp_path, FORCE_COLOR="1", HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout and "800 of 800 steps (100%)" in done.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
+
+
+def test_an_output_that_knows_ascii_only(tmp_path):
+    program = "import gymnasium as gym\ngym.register('Kärren-v0', 'gymnasium.envs.classic_control:CartPoleEnv')\n"
+    (tmp_path / "odd.py").write_text(program)
+    options = [*SMALL, "--data-dir", tmp_path, "--env-id", "odd:Kärren-v0"]
+    done = run(sys.executable, ROOT / "ppo.py", *options, PYTHONIOENCODING="ascii", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert r"odd:K\xe4rren-v0" in done.stdout and len(rows(tmp_path / "x/x_s0")) == 4
+
+
+@BOTH
+def test_progress_moves_within_an_epoch(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("utils.display.SECONDS_BETWEEN_LINES", 0.0)
+    script.train(arguments(script, tmp_path))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "steps (" in line and " of " in line]
+    assert len(lines) == (2 if script in ON_POLICY else 2 * 3) and "0%" not in lines[0].split("(")[1][:2]

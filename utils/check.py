@@ -1,0 +1,116 @@
+"""What is refused before work starts."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import typing
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from utils import mpi
+from utils.args import Range, Total
+from utils.envs import silence_environments
+from utils.mpi import RunError, one_line, say
+
+SCRIPTS = {gym.spaces.Discrete: "vpg.py, trpo.py and ppo.py", gym.spaces.Box: "vpg.py, trpo.py, ppo.py, ddpg.py, td3.py and sac.py"}
+
+
+def check(args, ranks=None):
+    """Refuse what a run of `ranks` processes (default: as many as there are) could not do.
+
+    The types of the arguments say their ranges, `args.action_spaces` which classes of spaces the algorithm can handle. Completes
+    `args.env_id` by the newest version. Raises RunError with one line that says what to do.
+    """
+    ranks = ranks or mpi.size()
+    parts = dict(ranks=ranks, num_envs=max(getattr(args, "num_envs", 1), ranks))
+    for name, hint in typing.get_type_hints(type(args), include_extras=True).items():
+        given = getattr(args, name)
+        shown = f"{_flag(name)} {' '.join(map(str, given)) if isinstance(given, tuple) else given}"
+        for value, rule in _rules(hint, given):
+            if isinstance(rule, Range) and not rule.holds(value):
+                raise RunError(f"{shown}: has to be {rule.text}")
+            n = parts[rule.parts] if isinstance(rule, Total) else 1
+            if n > 1 and value % n and not (rule.or_one_each and value < n):
+                what = {"ranks": "ranks", "num_envs": "environments"}[rule.parts]
+                nearest = " or ".join(str(k * n) for k in (value // n, value // n + 1) if k)
+                raise RunError(f"{shown}: is not a multiple of the number of {what}, {n}; try {nearest}")
+    for name, value in dataclasses.asdict(args).items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            kind = type(value).__name__
+            raise RunError(f"{_flag(name)}: config.json cannot hold a {kind}; make it a str, int, float, bool or tuple") from None
+    if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:  # a mere folder wandb/ has none
+        raise RunError("--track: wandb is not installed; pip install wandb")
+    if args.exp_name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+=,-]*", args.exp_name):
+        raise RunError(f"--exp-name {args.exp_name!r}: use letters, digits and _ . + = , - only, beginning with a letter or digit")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"--device {args.device}: {one_line(error)}") from None
+    _check_env(args)
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def _rules(hint, value):
+    """Pairs of a value and a rule in its type, which may be `X | None` or tuple[X, ...] too."""
+    if typing.get_origin(hint) is typing.Annotated:
+        return [(value, rule) for rule in hint.__metadata__]
+    values = value if isinstance(value, tuple) else [value] * (value is not None)
+    return [pair for inner in typing.get_args(hint) for v in values for pair in _rules(inner, v)]
+
+
+def _check_env(args):
+    silence_environments()
+    flag = f"--env-id {args.env_id}"
+    try:
+        env = gym.make(args.env_id)
+    except (gym.error.Error, ImportError, ValueError) as error:
+        raise RunError(f"{flag}: {one_line(error)}") from None
+    obs_space, act_space, limit = env.observation_space, env.action_space, env.spec.max_episode_steps
+    args.env_id = args.env_id[: args.env_id.rfind(":") + 1] + env.spec.id
+    env.close()
+    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
+        raise RunError(
+            f"{flag}: its observations are {obs_space}, but the networks take a flat Box of shape (n,). "
+            "Wrap the environment with gymnasium.wrappers.FlattenObservation and register the wrapped one"
+        )
+    flat_box = isinstance(act_space, gym.spaces.Box) and len(act_space.shape) == 1 and act_space.dtype.kind == "f"
+    kind = gym.spaces.Discrete if isinstance(act_space, gym.spaces.Discrete) else gym.spaces.Box if flat_box else None
+    if kind not in args.action_spaces:
+        hint = f"{SCRIPTS[kind]} can" if kind else "no script here can; wrap it to Discrete or to a float Box of shape (n,)"
+        raise RunError(f"{flag}: this algorithm cannot handle its action space {act_space}; {hint}")
+    if not hasattr(args, "replay_size"):
+        return
+    with np.errstate(over="ignore"):
+        unbounded = kind is gym.spaces.Box and not np.isfinite(np.float32(act_space.high) - np.float32(act_space.low)).all()
+    if unbounded:
+        raise RunError(f"{flag}: needs bounded actions, not {act_space}; vpg.py, trpo.py and ppo.py can do without")
+    total = math.ceil(args.total_steps / args.steps_per_epoch) * args.steps_per_epoch
+    batch_size, after, start, tests = (  # which a copied script may do without
+        getattr(args, name, None) or 0 for name in ("batch_size", "update_after", "start_steps", "num_test_episodes")
+    )
+    if batch_size > after:
+        raise RunError(f"--batch-size {batch_size}: more than --update-after {after}, the first update; try --update-after {batch_size}")
+    needed = 4 * (2 * obs_space.shape[0] + math.prod(act_space.shape) + 2) * min(args.replay_size, total) / 2**30
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else math.inf
+    if needed > memory:
+        smaller = int(float(f"{0.8 * memory / needed * args.replay_size:.1e}"))
+        text = f"needs {needed:.1f} GiB, and this machine has {memory:.1f} GiB of memory; try --replay-size {smaller}"
+        raise RunError(f"--replay-size {args.replay_size}: {text}")
+    for holds, text in (
+        (start >= total, f"--start-steps {start}: all {total} steps will be random"),
+        (after > total, f"--update-after {after}: no update in {total} steps"),
+        (tests and args.max_ep_len is None and limit is None, f"{args.env_id} has no limit of steps: a test may never end; see --max-ep-len"),
+    ):
+        if holds and mpi.rank() == 0:
+            say(f"warning: {text}", sys.stderr)

@@ -1,0 +1,250 @@
+"""A run on the disk: its directory, configuration, code, rows, model and checkpoints. Each file is there whole or not at all.
+
+Nothing in a run directory is ever executed.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zlib
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from utils import mpi
+from utils.display import Tracker
+from utils.mpi import RunError, one_line, say
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A binary file that takes the place of `path` when it is complete and on the disk. Raises RunError where the disk says no."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {one_line(error)}; the one before is left as it was") from error
+
+
+def read_config(run_dir):
+    """config.json of a run directory, as a dict. Raises RunError if there is none that can be read."""
+    path = pathlib.Path(run_dir) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{run_dir}: no run directory, since it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("script"), str):
+        raise RunError(f"{path}: not the configuration of a run")
+    return config
+
+
+def read_rows(path):
+    """The complete lines of a progress.txt: a list of dicts of strings by column, empty if there is no such file."""
+    text = path.read_bytes().decode(errors="replace") if path.is_file() else ""
+    header, *lines = text.split("\n")[:-1] or [""]
+    return [dict(zip(header.split("\t"), line.split("\t"), strict=False)) for line in lines]
+
+
+def same_code(run_dir, script):
+    """Whether `script` has the syntax tree of the run's own copy of it, and the run was never resumed with other code. True for
+    a run without a copy, as those of earlier versions."""
+    copy = pathlib.Path(run_dir) / pathlib.Path(script).name
+    if not copy.exists():
+        return True
+    try:
+        trees = [ast.dump(ast.parse(pathlib.Path(path).read_bytes())) for path in (copy, script)]
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return trees[0] == trees[1] and not any(again.get("other_code") for again in read_config(run_dir).get("resumed", []))
+
+
+def provenance(script):
+    """What it takes to repeat a run besides its arguments."""
+    git = ["git", "-C", str(pathlib.Path(script).resolve().parent)]
+    options = dict(capture_output=True, text=True, check=True)
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
+        commit += "-dirty" * bool(subprocess.run([*git, "status", "--porcelain", "--", ":/*.py"], **options).stdout)
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, gymnasium=gym.__version__)
+    versions |= dict(mujoco=sys.modules["mujoco"].__version__) if "mujoco" in sys.modules else {}
+    run = dict(script=pathlib.Path(script).name, command=shlex.join(sys.argv), ranks=mpi.size())
+    return run | dict(versions=versions, git_commit=commit)
+
+
+def make_run_dir(args, exp_name):
+    """Make and return <data_dir>/<exp_name>/<exp_name>_s<seed>, or the first free one of ..._1, ..._2 and so on."""
+    parent = pathlib.Path(args.data_dir).expanduser() / exp_name
+    for path in (parent, *parent.parents):
+        if path.is_symlink() and not path.exists():
+            raise RunError(f"--data-dir {args.data_dir}: {path} is a link to {os.readlink(path)}, which does not exist")
+    for k in range(10_000):
+        path = parent / (f"{exp_name}_s{args.seed}" + (f"_{k}" if k else ""))
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise RunError(f"--data-dir {args.data_dir}: cannot make {path}: {error.strerror}") from None
+    raise RunError(f"--data-dir {args.data_dir}: {parent} holds too many runs of seed {args.seed}")
+
+
+class RunDir:
+    """The run directory `path` of this process's run: a new one, or that to resume. Rank 0 writes; checkpoints are each rank's."""
+
+    def __init__(self, args, script):
+        self.args, self.script, self.rows, self.columns, self.saves = args, pathlib.Path(script), [], [], 0
+        self.tracker = self.lock = None
+        now = mpi.share(provenance(script) if mpi.rank() == 0 else None)
+        if args.resume is None:
+            name = args.exp_name or re.sub(r"[^A-Za-z0-9_.+=,-]", "-", f"{self.script.stem}_{args.env_id}")
+            self.path = mpi.share(make_run_dir(args, name) if mpi.rank() == 0 else None)
+            self.config = dataclasses.asdict(args) | now
+            return
+        self.path = pathlib.Path(args.resume)
+        self.config = dataclasses.asdict(args) | read_config(self.path)
+        self.longer = args.total_steps > self.config["total_steps"]
+        if self.config.get("ranks") != mpi.size():
+            raise RunError(f"--resume {self.path}: the run has {self.config.get('ranks')} ranks, not {mpi.size()}")
+        again = {name: now[name] for name in ("versions", "git_commit")}
+        if not same_code(self.path, script):
+            again["other_code"] = True
+            say(f"{script} is not the code that began this run; its own is {self.path / self.script.name}", sys.stderr)
+        self.config |= dict(total_steps=args.total_steps, resumed=[*self.config.get("resumed", []), again])
+
+    def open(self):
+        """Begin to write."""
+        if mpi.rank() > 0:
+            return
+        self._lock()
+        if self.args.track:
+            self.tracker = Tracker(self.args, self.config, self.path)
+            self.config["wandb_id"] = self.tracker.run.id
+        self.write("config.json", (json.dumps(self.config, indent=2) + "\n").encode())
+        if not (self.path / self.script.name).exists():
+            self.write(self.script.name, self.script.read_bytes())
+
+    def _lock(self):
+        """Keep other processes from resuming this run; the lock ends with `close` or with the process."""
+        try:
+            import fcntl
+
+            self.lock = self.lock or os.open(self.path, os.O_RDONLY)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"--resume {self.path}: this run is still going on, in another process") from None
+        except (ImportError, OSError):
+            pass  # Windows, and file systems that cannot lock
+
+    def write(self, name, data):
+        with writing(self.path / name) as file:
+            file.write(data)
+
+    def _table(self, columns, rows):
+        lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
+        return "".join("\t".join(cells) + "\n" for cells in lines)
+
+    def write_row(self, row):
+        """Add a dict of numbers to progress.txt, which is written anew where the row has new columns."""
+        self.rows.append({name: str(value) for name, value in row.items()})
+        if not set(row) <= set(self.columns):
+            self.columns = [*dict.fromkeys([*row, *self.columns])]
+            self.write("progress.txt", self._table(self.columns, self.rows).encode())
+        else:
+            try:
+                with open(self.path / "progress.txt", "ab") as file:
+                    file.write(self._table(self.columns, self.rows[-1:]).partition("\n")[2].encode())
+            except OSError as error:
+                raise RunError(f"cannot write {self.path / 'progress.txt'}: {error.strerror}") from error
+        if self.tracker:
+            self.tracker("log", {name: x for name, x in row.items() if x != ""}, step=row["TotalEnvInteracts"])
+
+    def save(self, module, state, info):
+        """Write the module's weights to model.pt, and the State and `info` to the checkpoint of this rank; the checkpoint before
+        is deleted when every rank has written its own."""
+        if mpi.rank() == 0:
+            with writing(self.path / "model.pt") as file:
+                torch.save({name: tensor.cpu() for name, tensor in module.state_dict().items()}, file)
+        checksum = zlib.crc32(self._table(self.columns, self.rows).encode())
+        info = info | dict(rows=(len(self.rows), self.columns, checksum), random=random.getstate(), numpy=np.random.get_state())
+        info |= dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+        self.saves += 1
+        try:
+            (self.path / "checkpoint").mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot write {self.path / 'checkpoint'}: {error.strerror}") from error
+        with writing(self.path / f"checkpoint/{self.saves}_rank{mpi.rank()}.ckpt") as file:
+            state.write(file, info)
+        mpi.average(0.0)  # waits for all ranks
+        self._delete_other_checkpoints()
+
+    def _delete_other_checkpoints(self):
+        for path in (self.path / "checkpoint").glob(f"*_rank{mpi.rank()}.ckpt*"):
+            if path.name != f"{self.saves}_rank{mpi.rank()}.ckpt":
+                path.unlink()
+
+    def restore(self, state):
+        """Bring the State, the random generators and the rows back to the newest checkpoint that all ranks have; returns `info`."""
+        refused, folder = f"--resume {self.path}: ", self.path / "checkpoint"
+        numbers = {path.name.partition("_")[0] for path in folder.glob("*_rank0.ckpt")}
+        complete = [int(n) for n in numbers if all((folder / f"{n}_rank{rank}.ckpt").exists() for rank in range(mpi.size()))]
+        if not complete:
+            raise RunError(f"{refused}{folder} holds no checkpoint; start a new run")
+        self.saves = max(complete)
+        path = folder / f"{self.saves}_rank{mpi.rank()}.ckpt"
+        try:
+            with open(path, "rb") as file:
+                info = state.read(file, self.longer)
+                count, self.columns, checksum = info["rows"]
+        except Exception as error:  # whatever a broken or foreign file brings about
+            raise RunError(f"{refused}cannot use {path}: {one_line(error)}; start a new run") from error
+        if mpi.rank() == 0:
+            self._lock()
+            rows = read_rows(self.path / "progress.txt")
+            self.rows = rows[:count]
+            text = self._table(self.columns, self.rows).encode()
+            if zlib.crc32(text) != checksum:
+                raise RunError(f"{refused}progress.txt is not that of the checkpoint, whose rows it lacks or has in another form")
+            if count:
+                self.write("progress.txt", text)  # without rows after the checkpoint, which will come again
+        self._delete_other_checkpoints()  # a half one, of which this run would come to write the other half
+        random.setstate(info["random"])
+        np.random.set_state(info["numpy"])
+        torch.set_rng_state(info["torch"])
+        if torch.cuda.is_available() and info["cuda"]:
+            torch.cuda.set_rng_state_all(info["cuda"])
+        return info
+
+    def close(self, failed):
+        """End the W&B run and the lock; remove the directory of a new run that has failed before its first row."""
+        if self.tracker:
+            self.tracker("save", str(self.path / "model.pt"), str(self.path), "now")
+            self.tracker("save", str(self.path / self.script.name), str(self.path), "now")
+            self.tracker("finish", exit_code=int(failed))
+        elif failed and mpi.rank() == 0 and not self.rows and not self.saves and self.args.resume is None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.path.parent.rmdir()
+        if self.lock is not None:
+            os.close(self.lock)

@@ -1,0 +1,158 @@
+"""What changes in the course of a run, to a checkpoint and back."""
+
+import collections
+import dataclasses
+import enum
+import io
+import pathlib
+import pickle
+import random
+import types
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from utils.mpi import RunError, one_line
+
+CONTAINERS = (list, tuple, dict, set, frozenset, bytearray, complex, torch.Size)
+CONTAINERS += (collections.deque, collections.OrderedDict, collections.defaultdict, collections.Counter)
+CONSTANT = (torch.device, torch.dtype, np.dtype, type, types.FunctionType, pathlib.PurePath, gym.Space)  # of the program
+
+
+def state_functions(x):
+    """The functions that give and take the state of a module, optimizer, environment or random generator; None for others."""
+    if hasattr(x, "state_dict") and hasattr(x, "load_state_dict"):
+        return x.state_dict, x.load_state_dict
+    if isinstance(x, np.random.Generator):
+        return lambda: x.bit_generator.state, lambda state: setattr(x.bit_generator, "state", state)
+    if isinstance(x, random.Random):
+        return x.getstate, x.setstate
+    return (x.get_state, x.set_state) if isinstance(x, torch.Generator | np.random.RandomState) else None
+
+
+class State:
+    """Things by name: `write` writes them to a file, and `read` puts what is in the file back into them.
+
+    What is there from the start is changed in place: modules, optimizers, environments and random generators by their own
+    functions, objects attribute by attribute, arrays and tensors that have kept their shape. What has come since is built anew:
+    plain values, containers, arrays, tensors, and the NamedTuples, enums and dataclasses of `module`, the script.
+
+    The file is a pickle whose reader knows nothing but these, so it runs no code. Raises RunError, with the name of the thing,
+    for what cannot be written to a file and read again.
+    """
+
+    def __init__(self, things, module):
+        self.things, self.known, self.numbers, self.begun = things, [], {}, False
+        for kind in vars(module).values():
+            if isinstance(kind, type) and (issubclass(kind, tuple | enum.Enum) or dataclasses.is_dataclass(kind)):
+                self.number(kind)
+        for name, thing in things.items():
+            try:
+                if isinstance(thing, tuple | str | float | int | None):
+                    raise TypeError(f"a {type(thing).__name__} cannot change; make it a tensor or an object's attribute")
+                file, arrays = io.BytesIO(), []  # in their own memory, not copied
+                Writer(file, self, buffer_callback=arrays.append).dump(thing)
+                Reader(io.BytesIO(file.getvalue()), self, buffers=arrays).load()
+            except Exception as error:
+                raise RunError(f"{name}: --resume could not restore it: {one_line(error)}") from error
+        self.begun = True
+
+    def number(self, x):
+        """The place of x among what is there from the start; None if it has come since."""
+        if not self.begun and id(x) not in self.numbers:
+            self.numbers[id(x)] = len(self.known)
+            self.known.append(x)
+        return self.numbers.get(id(x))
+
+    def write(self, file, info):
+        """Write `info`, plain data, and the things to a binary file."""
+        for x in (info, *self.things.values()):
+            Writer(file, self).dump(x)
+
+    def read(self, file, longer=False):
+        """Read what `write` has written; returns `info`. `longer`: an array that is longer now than it was, as of a run with more
+        steps, keeps its length."""
+        info = Reader(file, self).load()
+        for thing in self.things.values():
+            saved = Reader(file, self, longer).load()
+            if isinstance(thing, list | bytearray):
+                thing[:] = saved
+            elif isinstance(thing, dict | set | collections.deque):
+                thing.clear()
+                (thing.extend if isinstance(thing, collections.deque) else thing.update)(saved)
+        return info
+
+
+def take(*saved):
+    """Stands in a file for Reader.take."""
+
+
+def put(thing, attributes):
+    vars(thing).update(attributes)
+
+
+class Writer(pickle.Pickler):
+    def __init__(self, file, state, known=True, **options):
+        super().__init__(file, protocol=5, **options)
+        self.number = state.number if known else lambda x: None
+
+    def reducer_override(self, x):
+        """How to write what is not plain: `take`, the arguments of Reader.take, and where they follow, attributes for `put`."""
+        if isinstance(x, torch.Tensor):
+            data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            return take, ("tensor", self.number(x), str(x.dtype), x.shape, str(x.device), pickle.PickleBuffer(data))
+        if isinstance(x, np.ndarray | np.generic) and not x.dtype.hasobject:
+            data = np.require(x, requirements=["C", "W"]).reshape(-1).view(np.uint8)
+            kind, number = ("array", self.number(x)) if isinstance(x, np.ndarray) else ("scalar", None)
+            return take, (kind, number, np.lib.format.dtype_to_descr(x.dtype), x.shape, None, pickle.PickleBuffer(data))
+        if x is take or x is put or type(x) in CONTAINERS or (isinstance(x, type) and x in CONTAINERS):
+            return NotImplemented
+        if self.number(type(x)) is not None and (isinstance(x, tuple) or self.number(x) is None):
+            return NotImplemented
+        if self.number(x) is None or isinstance(x, CONTAINERS):
+            raise TypeError(f"a {type(x).__name__} that was not there at the start, or of a kind that no file can hold")
+        if state_functions(x):
+            file = io.BytesIO()
+            Writer(file, self, known=False).dump(state_functions(x)[0]())
+            return take, ("state", self.number(x), file.getvalue())
+        if isinstance(x, CONSTANT):
+            return take, ("constant", self.number(x))
+        if not hasattr(x, "__dict__"):
+            raise TypeError(f"a {type(x).__name__}; make it an array, a tensor or a list of numbers")
+        return take, ("object", self.number(x)), dict(vars(x)), None, None, put
+
+
+class Reader(pickle.Unpickler):
+    def __init__(self, file, state, longer=False, **options):
+        super().__init__(file, **options)
+        self.state, self.longer = state, longer
+
+    def find_class(self, module, name):
+        for x in (*CONTAINERS, take, put):
+            if (x.__module__, x.__qualname__) == (module, name):
+                return self.take if x is take else x
+        raise pickle.UnpicklingError(f"it holds {module}.{name}")
+
+    def take(self, kind, number, *saved):
+        """What is to stand for x: `known[number]` with what was saved of it, or without a number a new array or tensor."""
+        live = None if number is None else self.state.known[number]
+        if kind == "state":
+            state_functions(live)[1](Reader(io.BytesIO(*saved), self.state).load())
+        if kind not in ("tensor", "array", "scalar"):
+            return live
+        dtype, shape, device, data = saved
+        new = np.ndarray(len(memoryview(data)), np.uint8, data)
+        if kind == "tensor":
+            new = torch.from_numpy(new).view(getattr(torch, dtype.removeprefix("torch."))).reshape(shape).to(device)
+        else:
+            new = new.view(np.lib.format.descr_to_dtype(dtype)).reshape(shape)
+        if number is None:
+            return new[()] if kind == "scalar" else new
+        part = live.detach() if kind == "tensor" else live
+        part = part[: len(new)] if self.longer and new.ndim and part.ndim else part
+        if part.shape != new.shape or part.dtype != new.dtype:
+            return new
+        if self.state.begun:
+            part[...] = new
+        return live
