@@ -27,11 +27,12 @@ import numpy as np
 import tyro
 
 from benchmark import score
+from benchmark.pool import available_cores, execute, interruptible
 from benchmark.sweep import Args as SweepArgs
-from benchmark.sweep import available_cores, execute, interruptible, plan
+from benchmark.sweep import plan
 from utils.evaluate import load_policy, play
 from utils.mpi import RunError
-from utils.plot import ASIDE
+from utils.runs import ASIDE
 
 ON_POLICY = ("vpg.py", "trpo.py", "ppo.py")
 OFF_POLICY = ("ddpg.py", "td3.py", "sac.py")

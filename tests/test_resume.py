@@ -533,8 +533,8 @@ class Thing:
     """What a copied script may keep in its buffer or beside it."""
 
     def __init__(self, seed=0):
-        self.array, self.tensor, self.layer, self.rng = np.zeros((3, 2)), torch.zeros(2), nn.Linear(2, 1), np.random.default_rng(0)
-        self.view, self.random, self.none, self.node = self.array.reshape(-1), random.Random(0), None, Node(0)
+        self.array, self.tensor, self.layer = np.zeros((3, 2)), torch.zeros(2), nn.Linear(2, 1)
+        self.rng, self.view, self.random, self.none, self.node = np.random.default_rng(0), self.array.reshape(-1), random.Random(0), None, Node(0)
         self.optimizer = torch.optim.Adam(self.layer.parameters())
         self.device, self.kind, self.space, self.function = torch.device("cpu"), np.float32, gym.spaces.Discrete(2), np.tanh
         self.things, self.me = {}, self
@@ -545,7 +545,7 @@ def structure(rng, depth=0):
     shape = tuple(rng.integers(0, 4, rng.integers(0, 3)))
     kinds = ["?", "i1", "u2", "i8", "f2", "f4", "f8", "c16", "U3", "S2", "M8[s]", [("x", "f4"), ("y", "i8", (2,))]]
     dtypes = [torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.float32, torch.complex64]
-    leaves = [lambda: None, lambda: True, lambda: 2**100, lambda: -0.5, lambda: 1 + 2j, lambda: "é", lambda: b"x", lambda: {1, "a"}]
+    leaves = [lambda: None, lambda: True, lambda: 2**100, lambda: -0.5, lambda: 1 + 2j, lambda: "é", lambda: b"x", set]
     leaves += [lambda: np.ones(shape, kinds[rng.integers(len(kinds))]), lambda: np.float16(0.5), lambda: np.int8(3)]
     leaves += [lambda: torch.ones(shape, dtype=dtypes[rng.integers(len(dtypes))]), lambda: torch.zeros(2, 3).shape]
     if depth == 3 or rng.random() < 0.3:
@@ -657,7 +657,8 @@ def test_resumed_with_other_code(tmp_path):
     assert run(sys.executable, "mine.py", *options, cwd=home).returncode == 0
     path = home / "data/x/x_s0"
     assert (path / "mine.py").read_text() == text
-    for k, (code, differs) in enumerate([("# a remark\n" + text, False), (text.replace('"tanh": nn.Tanh', '"tanh": nn.ReLU'), True)]):
+    edited = text.replace('"tanh": nn.Tanh', '"tanh": nn.ReLU')
+    for k, (code, differs) in enumerate([("# a remark\n" + text, False), (edited, True)]):
         (home / "mine.py").write_text(code)
         (path / "mine.py").write_text(text)
         done = run(sys.executable, "mine.py", "--resume", "data/x/x_s0", "--total-steps", 400 + 200 * k, cwd=home)

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import pathlib
-import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -206,9 +205,10 @@ def test_script_and_utils_alone_are_enough(script, tmp_path):
 def test_help_explains_every_argument(script):
     done = run(sys.executable, ROOT / f"{script.__name__}.py", "--help")
     names = [field.name for field in dataclasses.fields(script.Args)]
-    places = [done.stdout.index(f"--{name.replace('_', '-')} ") for name in names if name not in RunArgs.__dataclass_fields__]
+    places = {name: done.stdout.index(f"│ --{name.replace('_', '-')}") for name in names}
+    common = RunArgs.__dataclass_fields__
     assert done.stdout.count("(default:") == len(names)
-    assert max(places) < min(done.stdout.index(f"--{name.replace('_', '-')} ") for name in ("exp-name", "data-dir", "save-freq"))
+    assert max(places[name] for name in names if name not in common) < min(places[name] for name in common)
     assert all(line in done.stdout for line in script.__doc__.splitlines() if "  = " in line or " = " in line)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, rows, run
 
+from benchmark import pool
 from benchmark import sweep as module
 from benchmark.sweep import Args, main, parse, plan, sweep
 from utils.mpi import RunError
@@ -238,8 +239,8 @@ def test_at_most_so_many_workers(fake):
 
 
 def test_the_default_of_workers_is_the_cores_that_are_allotted():
-    program = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from benchmark import sweep, mujoco; "
-    done = run(sys.executable, "-c", program + "print(sweep.available_cores(), mujoco.Args().workers)", cwd=ROOT)
+    program = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from benchmark import pool, mujoco; "
+    done = run(sys.executable, "-c", program + "print(pool.available_cores(), mujoco.Args().workers)", cwd=ROOT)
     assert done.stdout == "1 1\n", done.stderr
 
 
@@ -427,7 +428,7 @@ def test_time_left_and_progress(fake):
         run.run_dir.mkdir()
         row = "50\t3.5\t\n" if returncode is None else "100\t3.5\t9\n"
         (run.run_dir / "progress.txt").write_text(f"TotalEnvInteracts\tAverageEpRet\tAverageTestEpRet\n{row}75\t")  # cut off
-    assert module.summary(runs, 2) == "1 finished, 2 running, 3 waiting, 0 failed, 0:00:20 left"
+    assert pool.summary(runs, 2) == "1 finished, 2 running, 3 waiting, 0 failed, 0:00:20 left"
     assert runs[1].progress() == (0.5, "3.5") and runs[0].progress() == (1, "9.0") and runs[5].progress() == (0, "-")
 
 

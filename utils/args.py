@@ -72,8 +72,8 @@ class RunArgs:
         if self.resume is None:
             return
         config, module = read_config(self.resume), sys.modules[type(self).__module__]
-        if config["script"] != pathlib.Path(module.__file__).name:
-            script = pathlib.Path(module.__file__).name
+        script = pathlib.Path(module.__file__).name
+        if config["script"] != script:
             raise RunError(f"--resume {self.resume}: made by {config['script']}, not by {script}")
         words = sys.argv[1:] if module.__name__ == "__main__" else []
         flags = {re.sub("^--(no-)?|=.*", "", word).replace("-", "_") for word in words if word.startswith("--")}
@@ -89,21 +89,23 @@ class RunArgs:
 
 
 def cli(Args, words=None):
-    """`Args`, a dataclass on RunArgs, from the words of a command line; the program's own if none are given. Exits as tyro does."""
+    """`Args`, a dataclass on RunArgs, from the words of a command line, by default the program's. Exits as tyro does."""
     fields, common = Args.__dataclass_fields__, RunArgs.__dataclass_fields__
-    Args.__dataclass_fields__ = dict(sorted(fields.items(), key=lambda item: item[0] in common))  # help shows the algorithm's first
-    words = [word for w in (sys.argv[1:] if words is None else words) for word in _without_spelling_of_wandb(w)]
+    Args.__dataclass_fields__ = dict(sorted(fields.items(), key=lambda item: item[0] in common))  # the order of the help
+    words = [word for w in (sys.argv[1:] if words is None else words) for word in _from_wandb(w)]
     try:
         return tyro.cli(Args, args=words, description=sys.modules[Args.__module__].__doc__)
     except SystemExit as error:
         several = re.findall(r"--(\S+)(?: (?!--)\S+){2,}", " ".join(words)) if error.code else []
-        if any(name.replace("-", "_") in fields and "tuple" not in str(fields[name.replace("-", "_")].type) for name in several):
-            print(f"for several runs: python -m benchmark.sweep {os.path.basename(sys.argv[0])} {' '.join(words)}", file=sys.stderr)
+        types = {name.replace("_", "-"): str(field.type) for name, field in fields.items()}
+        if any("tuple" not in types.get(flag, "tuple") for flag in several):
+            script = os.path.basename(sys.argv[0])
+            print(f"for several runs: python -m benchmark.sweep {script} {' '.join(words)}", file=sys.stderr)
         raise
 
 
-def _without_spelling_of_wandb(word):
-    """What a word of W&B's sweep agent is here: --norm_obs=False is --no-norm-obs, --hidden_sizes=[8, 8] has two values."""
+def _from_wandb(word):
+    """The words for what a W&B agent writes: --norm_obs=False is --no-norm-obs, --hidden_sizes=[8, 8] has two values."""
     flag, _, value = word.partition("=")
     if flag.startswith("--") and value.lower() in ("true", "false"):
         return [flag if value.lower() == "true" else f"--no-{flag[2:]}"]

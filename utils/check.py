@@ -1,8 +1,6 @@
 """What is refused before work starts."""
 
-import dataclasses
 import importlib.util
-import json
 import math
 import os
 import re
@@ -18,13 +16,14 @@ from utils.args import Range, Total
 from utils.envs import silence_environments
 from utils.mpi import RunError, one_line, say
 
-SCRIPTS = {gym.spaces.Discrete: "vpg.py, trpo.py and ppo.py", gym.spaces.Box: "vpg.py, trpo.py, ppo.py, ddpg.py, td3.py and sac.py"}
+CAN = {gym.spaces.Discrete: "vpg.py, trpo.py and ppo.py can", gym.spaces.Box: "all scripts can"}
+CAN[None] = "no script here can; wrap it to Discrete or to a float Box of shape (n,)"
 
 
 def check(args, ranks=None):
     """Refuse what a run of `ranks` processes (default: as many as there are) could not do.
 
-    The types of the arguments say their ranges, `args.action_spaces` which classes of spaces the algorithm can handle. Completes
+    The types of the arguments say their ranges, `args.action_spaces` which spaces the algorithm can handle. Completes
     `args.env_id` by the newest version. Raises RunError with one line that says what to do.
     """
     ranks = ranks or mpi.size()
@@ -40,16 +39,13 @@ def check(args, ranks=None):
                 what = {"ranks": "ranks", "num_envs": "environments"}[rule.parts]
                 nearest = " or ".join(str(k * n) for k in (value // n, value // n + 1) if k)
                 raise RunError(f"{shown}: is not a multiple of the number of {what}, {n}; try {nearest}")
-    for name, value in dataclasses.asdict(args).items():
-        try:
-            json.dumps(value)
-        except TypeError:
-            kind = type(value).__name__
-            raise RunError(f"{_flag(name)}: config.json cannot hold a {kind}; make it a str, int, float, bool or tuple") from None
+        if not isinstance(given, str | int | float | list | tuple | dict | None) and name != "action_spaces":
+            kind = type(given).__name__
+            raise RunError(f"{_flag(name)}: config.json cannot hold a {kind}; make it a str, int, float, bool or tuple")
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:  # a mere folder wandb/ has none
         raise RunError("--track: wandb is not installed; pip install wandb")
     if args.exp_name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+=,-]*", args.exp_name):
-        raise RunError(f"--exp-name {args.exp_name!r}: use letters, digits and _ . + = , - only, beginning with a letter or digit")
+        raise RunError(f"--exp-name {args.exp_name!r}: use letters, digits and _ . + = , - only, and begin with no sign")
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -87,8 +83,7 @@ def _check_env(args):
     flat_box = isinstance(act_space, gym.spaces.Box) and len(act_space.shape) == 1 and act_space.dtype.kind == "f"
     kind = gym.spaces.Discrete if isinstance(act_space, gym.spaces.Discrete) else gym.spaces.Box if flat_box else None
     if kind not in args.action_spaces:
-        hint = f"{SCRIPTS[kind]} can" if kind else "no script here can; wrap it to Discrete or to a float Box of shape (n,)"
-        raise RunError(f"{flag}: this algorithm cannot handle its action space {act_space}; {hint}")
+        raise RunError(f"{flag}: this algorithm cannot handle its action space {act_space}; {CAN[kind]}")
     if not hasattr(args, "replay_size"):
         return
     with np.errstate(over="ignore"):
@@ -100,17 +95,19 @@ def _check_env(args):
         getattr(args, name, None) or 0 for name in ("batch_size", "update_after", "start_steps", "num_test_episodes")
     )
     if batch_size > after:
-        raise RunError(f"--batch-size {batch_size}: more than --update-after {after}, the first update; try --update-after {batch_size}")
+        raise RunError(f"--batch-size {batch_size}: more than --update-after {after}; try --update-after {batch_size}")
     needed = 4 * (2 * obs_space.shape[0] + math.prod(act_space.shape) + 2) * min(args.replay_size, total) / 2**30
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else math.inf
     if needed > memory:
         smaller = int(float(f"{0.8 * memory / needed * args.replay_size:.1e}"))
         text = f"needs {needed:.1f} GiB, and this machine has {memory:.1f} GiB of memory; try --replay-size {smaller}"
         raise RunError(f"--replay-size {args.replay_size}: {text}")
-    for holds, text in (
-        (start >= total, f"--start-steps {start}: all {total} steps will be random"),
-        (after > total, f"--update-after {after}: no update in {total} steps"),
-        (tests and args.max_ep_len is None and limit is None, f"{args.env_id} has no limit of steps: a test may never end; see --max-ep-len"),
-    ):
-        if holds and mpi.rank() == 0:
+    endless = tests and args.max_ep_len is None and limit is None
+    warnings = {
+        f"--start-steps {start}: all {total} steps will be random": start >= total,
+        f"--update-after {after}: no update in {total} steps": after > total,
+        f"{args.env_id} has no limit of steps: a test may never end; see --max-ep-len": endless,
+    }
+    for text in warnings:
+        if warnings[text] and mpi.rank() == 0:
             say(f"warning: {text}", sys.stderr)

@@ -11,17 +11,7 @@ from utils.mpi import RunError, say
 from utils.state import state_functions
 
 MAX_ACTIONS = 100_000  # that are kept of an episode; a longer one begins anew with --resume
-
-
 say_once = functools.cache(say)
-
-
-def _number(name, x):
-    """The one number in x, which may be an array of one element."""
-    try:
-        return np.asarray(x).item()
-    except ValueError:
-        raise RunError(f"the environment's {name} has to be one number, not {x}") from None
 
 
 class Episodes(gym.Wrapper):
@@ -73,11 +63,19 @@ class Episodes(gym.Wrapper):
                 self.step(action)
             same = np.array_equal(self.obs, state["obs"]) and (self.ep_ret, self.ep_len) == (state["ep_ret"], state["ep_len"])
             self.cut = state["cut"]
-        except Exception:
+        except Exception:  # whatever an environment raises
             same = False
         if not same:
             say_once(f"{self.spec.id} cannot be brought back to the middle of its episode: a new one begins", sys.stderr)
             self.reset(seed=zlib.crc32(np.asarray(state["obs"]).tobytes()))
+
+
+def _number(name, x):
+    """The one number in x, which may be an array of one element."""
+    try:
+        return np.asarray(x).item()
+    except ValueError:
+        raise RunError(f"the environment's {name} has to be one number, not {x}") from None
 
 
 def make_env(env_id, max_ep_len=None, **options):
@@ -86,7 +84,7 @@ def make_env(env_id, max_ep_len=None, **options):
 
 
 def silence_environments():
-    """Drop two warnings that nobody here can mend: that v4 is out of date, and of a deprecated attribute in MuJoCo's models."""
+    """Drop two warnings that nobody here can mend: that v4 is out of date, and of an attribute in MuJoCo's models."""
     gym.logger.min_level = gym.logger.ERROR
     try:
         import mujoco

@@ -26,7 +26,7 @@ from utils.state import State
 
 
 def set_up(args):
-    """Refuse what cannot work, give torch its threads, and seed. Returns a NumPy generator that draws the environments' seeds."""
+    """Refuse what cannot work, give torch its threads, and seed. Returns a generator that draws the environments' seeds."""
     check(args)
     torch.set_num_threads(args.torch_threads)
     # Adam's averages of dead units' gradients decay to numbers below 1e-38, with which some processors are much slower

@@ -3,7 +3,7 @@
     mpirun -n 4 python ppo.py
 
 mpi4py is imported only under a launcher, so a plain `python ppo.py` needs no MPI at all.
-`average`, `average_gradients`, `broadcast`, `check_equal`, `share` and `gather` are collective: all ranks have to call them.
+`average`, `average_gradients`, `broadcast`, `check_equal` and `gather` are collective: all ranks have to call them.
 """
 
 import ctypes
@@ -142,11 +142,6 @@ def check_equal(module):
     digests = _comm.allgather([float(tensor.double().sum()).hex() for tensor in module.state_dict().values()])
     if any(digest != digests[0] for digest in digests):
         raise RunError("the ranks' parameters differ: something that steers the training is not averaged over the ranks")
-
-
-def share(value):
-    """The value of rank 0, on every rank."""
-    return _comm.bcast(value) if _comm else value
 
 
 def gather(x):

@@ -30,7 +30,7 @@ from matplotlib.ticker import EngFormatter
 from tyro.conf import Positional, arg
 
 from utils.mpi import RunError, one_line
-from utils.runs import ASIDE, group_runs, load_runs, one_per_seed  # noqa: F401 (ASIDE: for benchmark.mujoco)
+from utils.runs import group_runs, load_runs, one_per_seed
 
 AXIS_LABELS = dict(TotalEnvInteracts="Environment steps", Time="Time (s)", Performance="Average return")
 COLORS = [matplotlib.color_sequences["okabe_ito"][i] for i in (5, 6, 3, 7, 1, 2, 0)]  # without its yellow, too pale for lines

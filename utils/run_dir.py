@@ -6,6 +6,7 @@ Nothing in a run directory is ever executed.
 import ast
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -29,7 +30,7 @@ from utils.mpi import RunError, one_line, say
 
 @contextlib.contextmanager
 def writing(path):
-    """A binary file that takes the place of `path` when it is complete and on the disk. Raises RunError where the disk says no."""
+    """A binary file that takes the place of `path` when it is complete and on the disk. Raises RunError if it cannot."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -95,31 +96,28 @@ def provenance(script):
 def make_run_dir(args, exp_name):
     """Make and return <data_dir>/<exp_name>/<exp_name>_s<seed>, or the first free one of ..._1, ..._2 and so on."""
     parent = pathlib.Path(args.data_dir).expanduser() / exp_name
-    for path in (parent, *parent.parents):
-        if path.is_symlink() and not path.exists():
-            raise RunError(f"--data-dir {args.data_dir}: {path} is a link to {os.readlink(path)}, which does not exist")
-    for k in range(10_000):
+    for k in itertools.count():
         path = parent / (f"{exp_name}_s{args.seed}" + (f"_{k}" if k else ""))
         try:
             path.mkdir(parents=True)
             return path
-        except FileExistsError:
-            continue
         except OSError as error:
-            raise RunError(f"--data-dir {args.data_dir}: cannot make {path}: {error.strerror}") from None
-    raise RunError(f"--data-dir {args.data_dir}: {parent} holds too many runs of seed {args.seed}")
+            if not os.path.lexists(path):  # else the next one
+                reason = f"a link leads to {os.path.realpath(parent.parent)}, which does not exist"
+                reason = reason if isinstance(error, FileExistsError) else error.strerror
+                raise RunError(f"--data-dir {args.data_dir}: cannot make {path}: {reason}") from None
 
 
 class RunDir:
-    """The run directory `path` of this process's run: a new one, or that to resume. Rank 0 writes; checkpoints are each rank's."""
+    """The directory `path` of a run, new or to resume. Rank 0 writes; of the checkpoints each rank has its own."""
 
     def __init__(self, args, script):
         self.args, self.script, self.rows, self.columns, self.saves = args, pathlib.Path(script), [], [], 0
         self.tracker = self.lock = None
-        now = mpi.share(provenance(script) if mpi.rank() == 0 else None)
+        now = mpi.gather(provenance(script) if mpi.rank() == 0 else None)[0]
         if args.resume is None:
             name = args.exp_name or re.sub(r"[^A-Za-z0-9_.+=,-]", "-", f"{self.script.stem}_{args.env_id}")
-            self.path = mpi.share(make_run_dir(args, name) if mpi.rank() == 0 else None)
+            self.path = mpi.gather(make_run_dir(args, name) if mpi.rank() == 0 else None)[0]
             self.config = dataclasses.asdict(args) | now
             return
         self.path = pathlib.Path(args.resume)
@@ -205,7 +203,7 @@ class RunDir:
                 path.unlink()
 
     def restore(self, state):
-        """Bring the State, the random generators and the rows back to the newest checkpoint that all ranks have; returns `info`."""
+        """Bring State, random generators and rows back to the newest checkpoint that all ranks have; returns `info`."""
         refused, folder = f"--resume {self.path}: ", self.path / "checkpoint"
         numbers = {path.name.partition("_")[0] for path in folder.glob("*_rank0.ckpt")}
         complete = [int(n) for n in numbers if all((folder / f"{n}_rank{rank}.ckpt").exists() for rank in range(mpi.size()))]
@@ -225,7 +223,7 @@ class RunDir:
             self.rows = rows[:count]
             text = self._table(self.columns, self.rows).encode()
             if zlib.crc32(text) != checksum:
-                raise RunError(f"{refused}progress.txt is not that of the checkpoint, whose rows it lacks or has in another form")
+                raise RunError(f"{refused}progress.txt is not that of the checkpoint: it lacks rows, or was edited")
             if count:
                 self.write("progress.txt", text)  # without rows after the checkpoint, which will come again
         self._delete_other_checkpoints()  # a half one, of which this run would come to write the other half

@@ -36,10 +36,8 @@ class State:
 
     What is there from the start is changed in place: modules, optimizers, environments and random generators by their own
     functions, objects attribute by attribute, arrays and tensors that have kept their shape. What has come since is built anew:
-    plain values, containers, arrays, tensors, and the NamedTuples, enums and dataclasses of `module`, the script.
-
-    The file is a pickle whose reader knows nothing but these, so it runs no code. Raises RunError, with the name of the thing,
-    for what cannot be written to a file and read again.
+    plain values, containers, arrays, tensors, and the NamedTuples, enums and dataclasses of `module`, the script. The file is
+    a pickle whose reader knows nothing but these, so it runs no code. Raises RunError for what does not survive a round trip.
     """
 
     def __init__(self, things, module):
@@ -71,7 +69,7 @@ class State:
             Writer(file, self).dump(x)
 
     def read(self, file, longer=False):
-        """Read what `write` has written; returns `info`. `longer`: an array that is longer now than it was, as of a run with more
+        """Read what `write` has written; returns `info`. `longer`: an array that has become longer, in a run that was given more
         steps, keeps its length."""
         info = Reader(file, self).load()
         for thing in self.things.values():
@@ -98,7 +96,7 @@ class Writer(pickle.Pickler):
         self.number = state.number if known else lambda x: None
 
     def reducer_override(self, x):
-        """How to write what is not plain: `take`, the arguments of Reader.take, and where they follow, attributes for `put`."""
+        """How to write what is not plain: `take` with its arguments, and for an object `put` with its attributes."""
         if isinstance(x, torch.Tensor):
             data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             return take, ("tensor", self.number(x), str(x.dtype), x.shape, str(x.device), pickle.PickleBuffer(data))
@@ -135,7 +133,7 @@ class Reader(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds {module}.{name}")
 
     def take(self, kind, number, *saved):
-        """What is to stand for x: `known[number]` with what was saved of it, or without a number a new array or tensor."""
+        """What stands for x: the one that is there from the start, with what was saved of it, or a new array or tensor."""
         live = None if number is None else self.state.known[number]
         if kind == "state":
             state_functions(live)[1](Reader(io.BytesIO(*saved), self.state).load())
