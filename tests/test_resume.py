@@ -630,7 +630,7 @@ def test_a_transition_buffer_of_python_objects_comes_back():
         (1.0, "thing: --resume could not restore it: a float cannot change"),
         (None, "thing: --resume could not restore it: a NoneType cannot change"),
     ],
-    ids=str,
+    ids=["lock", "count", "objects", "float", "None"],
 )
 def test_state_that_could_not_come_back_is_refused_before_the_first_step(thing, message):
     with pytest.raises(RunError, match=message):
