@@ -32,8 +32,8 @@ from tyro.conf import Positional
 
 from benchmark.pool import Run, available_cores, execute, interruptible, steps_done
 from utils import mpi
-from utils.args import cli
-from utils.check import check
+from utils.args import AtLeast1, cli
+from utils.check import check, check_ranges
 from utils.evaluate import ROOT, import_script
 from utils.mpi import RunError, say
 from utils.run_dir import read_config, read_rows, same_code
@@ -44,10 +44,10 @@ MAY_DIFFER = ("exp_name", "data_dir", "resume")  # between two attempts at the s
 @dataclass
 class Args:
     scripts: Positional[tuple[str, ...]]  # algorithm files
-    workers: int | None = None  # runs at a time; default: as many as there are cores for
+    workers: AtLeast1 | None = None  # runs at a time; default: as many as there are cores for
     skip_done: bool = False  # leave out finished runs and resume those with a checkpoint, if they are of the same code
     print: bool = False  # print the commands, one per line, and run nothing
-    mpi: int = 1  # processes of each run, which mpirun starts
+    mpi: AtLeast1 = 1  # processes of each run, which mpirun starts
     exp_name: str | None = None  # what the names begin with instead of <script>_<env_id>
     data_dir: str = "data"  # runs go to <data_dir>/<name>/<name>_s<seed>/
 
@@ -124,9 +124,7 @@ def plan(args, grid):
         raise RunError(f"write --mpi {mpi.size()} instead of mpirun -n {mpi.size()}: the sweep is one process")
     if not args.scripts:
         raise RunError("name a script: python -m benchmark.sweep ppo.py --seed 0 1 2")
-    for name, value in dict(workers=args.workers, mpi=args.mpi).items():
-        if value is not None and value < 1:
-            raise RunError(f"--{name} {value}: has to be at least 1")
+    check_ranges(args)
     flags = [flag_of(key) for key in grid]
     for flag in flags:
         if flag in ("exp-name", "data-dir", "resume") or flags.count(flag) > 1:

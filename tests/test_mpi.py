@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from conftest import OFF_POLICY, ROOT, rows, run
+from conftest import OFF_POLICY, ON_POLICY, ROOT, rows, run
 
 SMALL = "--total-steps 800 --steps-per-epoch 200 --num-envs 2 --minibatch-size 50".split()
 
@@ -14,31 +14,37 @@ def mpirun(*command, ranks=2, **options):
     return run("mpirun", "-n", ranks, sys.executable, *command, **options)
 
 
-def test_ranks_hold_the_same_parameters_and_write_once(script, tmp_path):
+@pytest.mark.parametrize("scripts", [ON_POLICY], ids=["vpg-trpo-ppo"])
+def test_ranks_hold_the_same_parameters_and_write_once(scripts, tmp_path):
     """Every rank writes a digest of its state; the actions of the ranks differ, their networks do not."""
     program = f"""
-import hashlib, pathlib, {script.__name__} as script
+import hashlib, importlib, pathlib
 from utils import mpi
-rets = []
-collect = script.Buffer.collect
-def spy(self, ac):
-    result = collect(self, ac)
-    rets.append(float(self.act.sum()))
-    return result
-script.Buffer.collect = spy
-ac = script.train(script.Args(env_id="Hopper-v4", total_steps=800, steps_per_epoch=200, num_envs=2, minibatch_size=50,
-                              data_dir={str(tmp_path)!r}))
-state = b"".join(tensor.numpy().tobytes() for tensor in ac.state_dict().values())
-pathlib.Path({str(tmp_path)!r}, f"{{mpi.rank()}}.txt").write_text(f"{{hashlib.sha256(state).hexdigest()}} {{rets[0]}}")
+def check(script):
+    rets, collect = [], script.Buffer.collect
+    def spy(self, ac):
+        result = collect(self, ac)
+        rets.append(float(self.act.sum()))
+        return result
+    script.Buffer.collect = spy
+    ac = script.train(script.Args(env_id="Hopper-v4", total_steps=800, steps_per_epoch=200, num_envs=2, minibatch_size=50,
+                                  data_dir={str(tmp_path)!r}))
+    state = b"".join(tensor.numpy().tobytes() for tensor in ac.state_dict().values())
+    path = pathlib.Path({str(tmp_path)!r}, f"{{script.__name__}}{{mpi.rank()}}.txt")
+    path.write_text(f"{{hashlib.sha256(state).hexdigest()}} {{rets[0]}}")
+for name in {[script.__name__ for script in scripts]}:
+    check(importlib.import_module(name))
 """
     (tmp_path / "program.py").write_text(program)
     done = mpirun(tmp_path / "program.py", PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
-    (digest, acts), (other_digest, other_acts) = ((tmp_path / f"{rank}.txt").read_text().split() for rank in range(2))
-    assert digest == other_digest and acts != other_acts
-    name = f"{script.__name__}_Hopper-v4"
-    assert [p.name for p in (tmp_path / name).iterdir()] == [f"{name}_s0"]
-    assert [row["TotalEnvInteracts"] for row in rows(tmp_path / name / f"{name}_s0")] == ["200", "400", "600", "800"]
+    for script in scripts:
+        texts = [(tmp_path / f"{script.__name__}{rank}.txt").read_text() for rank in range(2)]
+        (digest, acts), (other_digest, other_acts) = map(str.split, texts)
+        assert digest == other_digest and acts != other_acts
+        name = f"{script.__name__}_Hopper-v4"
+        assert [p.name for p in (tmp_path / name).iterdir()] == [f"{name}_s0"]
+        assert [row["TotalEnvInteracts"] for row in rows(tmp_path / name / f"{name}_s0")] == ["200", "400", "600", "800"]
 
 
 def test_an_average_has_no_gradient():
@@ -48,46 +54,53 @@ def test_an_average_has_no_gradient():
         assert done.stdout == "tensor([2., 2.])\n"
 
 
-def test_averaged_gradient_is_the_whole_batchs_gradient(script, tmp_path):
+@pytest.mark.parametrize("scripts", [ON_POLICY], ids=["vpg-trpo-ppo"])
+def test_averaged_gradient_is_the_whole_batchs_gradient(scripts, tmp_path):
     """Each rank takes its half of a batch; statistics and gradients equal those of the whole."""
     program = f"""
-import torch, {script.__name__} as script
+import importlib
+import torch
 from gymnasium.spaces import Box
 from utils import mpi
-torch.manual_seed(0)
-args = script.Args()
-ac = script.ActorCritic(Box(-1, 1, (3,)), Box(-1, 1, (2,)), args)
-obs, act, rew = torch.randn(10, 4, 3), torch.randn(10, 4, 2), torch.randn(10, 4)
-zero = torch.zeros(10, 4)
-def batch(n):
-    logp = ac.pi(obs[:, n]).log_prob(act[:, n]).detach()
-    return script.Batch(obs[:, n], act[:, n], logp, rew[:, n], obs[:, n] + 1, zero[:, n], zero[:, n])
-def gradient(b, adv, ret):
-    logp = ac.pi(b.obs).log_prob(b.act)
-    extra = dict(clip_ratio=0.2) if script.__name__ == "ppo" else {{}}
-    loss = script.policy_loss(*([logp, adv] if script.__name__ == "vpg" else [logp, b.logp, adv]), **extra)
-    ac.zero_grad()
-    (loss + script.value_loss(ac.v(b.obs), ret)).backward()
-half = batch(slice(2 * mpi.rank(), 2 * mpi.rank() + 2))
-adv, ret = script.advantages(ac, half, args)
-gradient(half, adv, ret)
-mpi.average_gradients(ac.parameters())
-mine = [p.grad.clone() for p in ac.parameters()]
-stats = script.RunningStats((3,))
-stats.update(half.obs)
-mpi._comm = None  # now alone, with the whole batch
-whole = batch(slice(None))
-adv, ret = script.advantages(ac, whole, args)
-gradient(whole, adv, ret)
-assert all(torch.allclose(a, p.grad, atol=1e-5) for a, p in zip(mine, ac.parameters(), strict=True))
-assert max(g.abs().max() for g in mine) > 1e-3
-assert torch.allclose(stats.mean, obs.mean((0, 1)), atol=1e-6) and stats.count == 40
-assert torch.allclose(stats.var, obs.var((0, 1), correction=0), atol=1e-5)
-print("EQUAL")
+def check(script):
+    comm, average_gradients = mpi._comm, mpi.average_gradients
+    torch.manual_seed(0)
+    args = script.Args()
+    ac = script.ActorCritic(Box(-1, 1, (3,)), Box(-1, 1, (2,)), args)
+    obs, act, rew = torch.randn(10, 4, 3), torch.randn(10, 4, 2), torch.randn(10, 4)
+    zero = torch.zeros(10, 4)
+    def batch(n):
+        logp = ac.pi(obs[:, n]).log_prob(act[:, n]).detach()
+        return script.Batch(obs[:, n], act[:, n], logp, rew[:, n], obs[:, n] + 1, zero[:, n], zero[:, n])
+    def gradient(b, adv, ret):
+        logp = ac.pi(b.obs).log_prob(b.act)
+        extra = dict(clip_ratio=0.2) if script.__name__ == "ppo" else {{}}
+        loss = script.policy_loss(*([logp, adv] if script.__name__ == "vpg" else [logp, b.logp, adv]), **extra)
+        ac.zero_grad()
+        (loss + script.value_loss(ac.v(b.obs), ret)).backward()
+    half = batch(slice(2 * mpi.rank(), 2 * mpi.rank() + 2))
+    adv, ret = script.advantages(ac, half, args)
+    gradient(half, adv, ret)
+    mpi.average_gradients(ac.parameters())
+    mine = [p.grad.clone() for p in ac.parameters()]
+    stats = script.RunningStats((3,))
+    stats.update(half.obs)
+    mpi._comm = None  # now alone, with the whole batch
+    whole = batch(slice(None))
+    adv, ret = script.advantages(ac, whole, args)
+    gradient(whole, adv, ret)
+    assert all(torch.allclose(a, p.grad, atol=1e-5) for a, p in zip(mine, ac.parameters(), strict=True))
+    assert max(g.abs().max() for g in mine) > 1e-3
+    assert torch.allclose(stats.mean, obs.mean((0, 1)), atol=1e-6) and stats.count == 40
+    assert torch.allclose(stats.var, obs.var((0, 1), correction=0), atol=1e-5)
+    print("EQUAL")
+    mpi._comm, mpi.average_gradients = comm, average_gradients
+for name in {[script.__name__ for script in scripts]}:
+    check(importlib.import_module(name))
 """
     (tmp_path / "program.py").write_text(program)
     done = mpirun(tmp_path / "program.py", PYTHONPATH=str(ROOT))
-    assert done.stdout.count("EQUAL") == 2, done.stderr
+    assert done.stdout.count("EQUAL") == 2 * len(scripts), done.stderr
 
 
 def test_fisher_vector_product_is_averaged(tmp_path):
@@ -141,6 +154,7 @@ pathlib.Path({str(tmp_path)!r}, f"{{mpi.rank()}}.txt").write_text(str((kl, j, pa
     assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
 
 
+@pytest.mark.parametrize("script", ON_POLICY[-1:], ids=["ppo"])
 def test_exception_on_one_rank_ends_the_job(script, tmp_path):
     program = f"""
 import pathlib, time, {script.__name__} as script
@@ -179,6 +193,7 @@ def test_defaults_divide_by_the_usual_numbers_of_ranks(script, ranks):
     assert args.num_envs % ranks == args.minibatch_size % ranks == args.steps_per_epoch % args.num_envs == 0
 
 
+@pytest.mark.parametrize("script", ON_POLICY[-1:], ids=["ppo"])
 def test_what_does_not_divide_by_the_ranks_is_refused(script, tmp_path):
     done = mpirun(ROOT / f"{script.__name__}.py", "--num-envs", 3, "--steps-per-epoch", 300, cwd=tmp_path)
     assert done.returncode != 0 and done.stderr.count("error:") == 1
@@ -324,29 +339,35 @@ pathlib.Path(sys.argv[1], f"{{mpi.rank()}}.txt").write_text(f"{{report}}|{{buffe
     assert [row["TotalEnvInteracts"] for row in table] == ["200", "400"] and table[0]["AverageTestEpLen"] == "30.0"
 
 
-@pytest.mark.parametrize("script", OFF_POLICY, ids=lambda script: script.__name__)
-def test_off_policy_averaged_gradient_is_the_whole_batchs_gradient(script, tmp_path):
+@pytest.mark.parametrize("scripts", [OFF_POLICY], ids=["ddpg-td3-sac"])
+def test_off_policy_averaged_gradient_is_the_whole_batchs_gradient(scripts, tmp_path):
     program = f"""
-import copy, torch, {script.__name__} as script
+import importlib
+import copy, torch
 from gymnasium.spaces import Box
 from utils import mpi
-torch.manual_seed(0)
-ac = script.ActorCritic(Box(-1, 1, (3,)), Box(-1, 1, (2,)), script.Args(hidden_sizes=(8,)))
-obs, act, target = torch.randn(20, 3), torch.rand(20, 2), torch.randn(20)
-def step(net, at):
-    q = [net.q(obs[at], act[at])] if script.__name__ == "ddpg" else [q(obs[at], act[at]) for q in net.q]
-    script.gradient_step(torch.optim.SGD(net.q.parameters(), lr=0.1), script.q_loss(*q, target[at]))
-whole = copy.deepcopy(ac)
-step(ac, slice(mpi.rank(), 20, 2))
-average, script.mpi.average_gradients = mpi.average_gradients, lambda parameters: None
-step(whole, slice(None))
-for p, expected in zip(ac.parameters(), whole.parameters(), strict=True):
-    assert torch.allclose(p, expected, atol=1e-6)
-print("EQUAL")
+def check(script):
+    comm, average_gradients = mpi._comm, mpi.average_gradients
+    torch.manual_seed(0)
+    ac = script.ActorCritic(Box(-1, 1, (3,)), Box(-1, 1, (2,)), script.Args(hidden_sizes=(8,)))
+    obs, act, target = torch.randn(20, 3), torch.rand(20, 2), torch.randn(20)
+    def step(net, at):
+        q = [net.q(obs[at], act[at])] if script.__name__ == "ddpg" else [q(obs[at], act[at]) for q in net.q]
+        script.gradient_step(torch.optim.SGD(net.q.parameters(), lr=0.1), script.q_loss(*q, target[at]))
+    whole = copy.deepcopy(ac)
+    step(ac, slice(mpi.rank(), 20, 2))
+    average, script.mpi.average_gradients = mpi.average_gradients, lambda parameters: None
+    step(whole, slice(None))
+    for p, expected in zip(ac.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(p, expected, atol=1e-6)
+    print("EQUAL")
+    mpi._comm, mpi.average_gradients = comm, average_gradients
+for name in {[script.__name__ for script in scripts]}:
+    check(importlib.import_module(name))
 """
     (tmp_path / "program.py").write_text(program)
     done = mpirun(tmp_path / "program.py", PYTHONPATH=str(ROOT))
-    assert done.stdout.count("EQUAL") == 2, done.stderr
+    assert done.stdout.count("EQUAL") == 2 * len(scripts), done.stderr
 
 
 @pytest.mark.parametrize("script", OFF_POLICY, ids=lambda script: script.__name__)
@@ -357,7 +378,7 @@ def test_off_policy_defaults_divide_by_the_usual_numbers_of_ranks(script, ranks)
 
 
 def test_off_policy_what_does_not_divide_by_the_ranks_is_refused(tmp_path):
-    for options, words in [(["--batch-size", 33], "--batch-size 33"), (["--num-envs", 3], "--num-envs 3")]:
+    for options, words in [(["--batch-size", 33], "--batch-size 33"), (["--num-envs", 3, "--steps-per-epoch", 9], "--num-envs 3")]:
         done = mpirun(ROOT / "sac.py", *options, cwd=tmp_path)
         assert done.returncode != 0 and f"{words}: is not a multiple of the number of ranks, 2; try" in done.stderr
         assert list(tmp_path.iterdir()) == []

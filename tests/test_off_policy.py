@@ -704,9 +704,9 @@ INVERTED_PENDULUM |= dict(activation="tanh", q_lr=3e-3)
 
 
 @pytest.mark.parametrize(
-    "env_id, goal, changes",
-    [("Pendulum-v1", -350, PENDULUM), ("InvertedPendulum-v4", 30, INVERTED_PENDULUM)],
-    ids=["Pendulum", "InvertedPendulum"],
+    "script, env_id, goal, changes",
+    [*((script, "Pendulum-v1", -350, PENDULUM) for script in OFF_POLICY), (td3, "InvertedPendulum-v4", 30, INVERTED_PENDULUM)],
+    ids=["ddpg", "td3", "sac", "td3-terminating"],
 )
 def test_learns(script, tmp_path, env_id, goal, changes):
     """A random policy gets -1200 on Pendulum and 6 on InvertedPendulum, where every step pays 1 until it falls."""

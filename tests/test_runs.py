@@ -44,7 +44,11 @@ def evaluate(ac, env_id, episodes=10):
     return total / episodes
 
 
-@pytest.mark.parametrize("env_id, steps, goal", [("CartPole-v1", 30_000, 450), ("InvertedPendulum-v4", 60_000, 900)])
+@pytest.mark.parametrize(
+    "script, env_id, steps, goal",
+    [*((script, "CartPole-v1", 30_000, 450) for script in ON_POLICY), (ON_POLICY[-1], "InvertedPendulum-v4", 60_000, 900)],
+    ids=["vpg", "trpo", "ppo", "ppo-continuous"],
+)
 def test_learns(script, tmp_path, env_id, steps, goal):
     """The files' defaults, with fewer steps. A random policy gets 20 on CartPole and 6 on InvertedPendulum."""
     ac = script.train(script.Args(env_id=env_id, total_steps=steps, seed=0, data_dir=str(tmp_path)))

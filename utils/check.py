@@ -20,14 +20,8 @@ CAN = {gym.spaces.Discrete: "vpg.py, trpo.py and ppo.py can", gym.spaces.Box: "a
 CAN[None] = "no script here can; wrap it to Discrete or to a float Box of shape (n,)"
 
 
-def check(args, ranks=None):
-    """Refuse what a run of `ranks` processes (default: as many as there are) could not do.
-
-    The types of the arguments say their ranges, `args.action_spaces` which spaces the algorithm can handle. Completes
-    `args.env_id` by the newest version. Raises RunError with one line that says what to do.
-    """
-    ranks = ranks or mpi.size()
-    parts = dict(ranks=ranks, num_envs=max(getattr(args, "num_envs", 1), ranks))
+def check_ranges(args, **parts):
+    """Refuse numbers outside the ranges that their types declare. `parts`: how many ranks and environments share the totals."""
     for name, hint in typing.get_type_hints(type(args), include_extras=True).items():
         given = getattr(args, name)
         shown = f"{_flag(name)} {' '.join(map(str, given)) if isinstance(given, tuple) else given}"
@@ -39,8 +33,19 @@ def check(args, ranks=None):
                 what = {"ranks": "ranks", "num_envs": "environments"}[rule.parts]
                 nearest = " or ".join(str(k * n) for k in (value // n, value // n + 1) if k)
                 raise RunError(f"{shown}: is not a multiple of the number of {what}, {n}; try {nearest}")
-        if not isinstance(given, str | int | float | list | tuple | dict | None) and name != "action_spaces":
-            kind = type(given).__name__
+
+
+def check(args, ranks=None):
+    """Refuse what a run of `ranks` processes (default: as many as there are) could not do.
+
+    The types of the arguments say their ranges, `args.action_spaces` which spaces the algorithm can handle. Completes
+    `args.env_id` by the newest version. Raises RunError with one line that says what to do.
+    """
+    ranks = ranks or mpi.size()
+    check_ranges(args, ranks=ranks, num_envs=max(getattr(args, "num_envs", 1), ranks))
+    for name, value in vars(args).items():
+        if not isinstance(value, str | int | float | list | tuple | dict | None):
+            kind = type(value).__name__
             raise RunError(f"{_flag(name)}: config.json cannot hold a {kind}; make it a str, int, float, bool or tuple")
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:  # a mere folder wandb/ has none
         raise RunError("--track: wandb is not installed; pip install wandb")

@@ -31,6 +31,8 @@ import tyro
 from PIL import Image
 from tyro.conf import FlagCreatePairsOff, Positional, arg, create_mutex_group
 
+from utils.args import AtLeast0, AtLeast1
+from utils.check import check_ranges
 from utils.envs import check_finite, make_env, silence_environments
 from utils.mpi import RunError, one_line
 from utils.run_dir import read_config, same_code
@@ -43,11 +45,11 @@ EITHER = create_mutex_group(required=False)
 @dataclass
 class Args:
     run_dir: Positional[Path]  # directory of a run, with its config.json and model.pt
-    episodes: Annotated[int, arg(aliases=["-n"])] = 10  # episodes to run
-    len: Annotated[int | None, arg(aliases=["-l"])] = None  # steps after which an episode is cut; default: where it ends
+    episodes: Annotated[AtLeast1, arg(aliases=["-n"])] = 10  # episodes to run
+    len: Annotated[AtLeast1 | None, arg(aliases=["-l"])] = None  # steps after which an episode is cut; default: where it ends
     deterministic: Annotated[bool, arg(aliases=["-d"]), EITHER] = False  # no noise; the default if the script tests so
     no_deterministic: Annotated[bool, EITHER] = False  # the stochastic policy; the default if the script has no tests
-    seed: int = 0  # of the environment and the policy's noise
+    seed: AtLeast0 = 0  # of the environment and the policy's noise
     itr: int | None = None  # epoch of an earlier model, kept by --keep-checkpoints; default: the last model
     render: bool = False  # show the episodes in a window
     video: Path | None = None  # film the episodes: name of an .mp4 (the first 30 seconds) or a .gif (10)
@@ -217,10 +219,7 @@ def film(env, act, path, episodes=1, deterministic=None, max_len=None, seed=0):
 
 def evaluate(args):
     """What the command line does; returns what --json prints."""
-    for name, least in dict(episodes=1, len=1, seed=0).items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise RunError(f"--{name} {value}: has to be at least {least}")
+    check_ranges(args)
     if args.render and args.video:
         raise RunError("--render and --video: choose one")
     if args.render and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):

@@ -33,6 +33,7 @@ def writing(path):
     """A binary file that takes the place of `path` when it is complete and on the disk. Raises RunError if it cannot."""
     part = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(exist_ok=True)
         with open(part, "wb") as file:
             yield file
             file.flush()
@@ -49,10 +50,8 @@ def read_config(run_dir):
     path = pathlib.Path(run_dir) / "config.json"
     try:
         config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise RunError(f"{run_dir}: no run directory, since it has no config.json") from None
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read: {error}") from None
+        raise RunError(f"{path}: cannot be read: {one_line(error)}; is {run_dir} a run directory?") from None
     if not isinstance(config, dict) or not isinstance(config.get("script"), str):
         raise RunError(f"{path}: not the configuration of a run")
     return config
@@ -126,8 +125,8 @@ class RunDir:
         if self.config.get("ranks") != mpi.size():
             raise RunError(f"--resume {self.path}: the run has {self.config.get('ranks')} ranks, not {mpi.size()}")
         again = {name: now[name] for name in ("versions", "git_commit")}
-        if not same_code(self.path, script):
-            again["other_code"] = True
+        again |= {} if same_code(self.path, script) else dict(other_code=True)
+        if "other_code" in again and mpi.rank() == 0:
             say(f"{script} is not the code that began this run; its own is {self.path / self.script.name}", sys.stderr)
         self.config |= dict(total_steps=args.total_steps, resumed=[*self.config.get("resumed", []), again])
 
@@ -161,18 +160,18 @@ class RunDir:
 
     def _table(self, columns, rows):
         lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
-        return "".join("\t".join(cells) + "\n" for cells in lines)
+        return "".join("\t".join(cells) + "\n" for cells in lines).encode()
 
     def write_row(self, row):
         """Add a dict of numbers to progress.txt, which is written anew where the row has new columns."""
         self.rows.append({name: str(value) for name, value in row.items()})
         if not set(row) <= set(self.columns):
             self.columns = [*dict.fromkeys([*row, *self.columns])]
-            self.write("progress.txt", self._table(self.columns, self.rows).encode())
+            self.write("progress.txt", self._table(self.columns, self.rows))
         else:
             try:
                 with open(self.path / "progress.txt", "ab") as file:
-                    file.write(self._table(self.columns, self.rows[-1:]).partition("\n")[2].encode())
+                    file.write(self._table(self.columns, self.rows[-1:]).partition(b"\n")[2])
             except OSError as error:
                 raise RunError(f"cannot write {self.path / 'progress.txt'}: {error.strerror}") from error
         if self.tracker:
@@ -184,14 +183,10 @@ class RunDir:
         if mpi.rank() == 0:
             with writing(self.path / "model.pt") as file:
                 torch.save({name: tensor.cpu() for name, tensor in module.state_dict().items()}, file)
-        checksum = zlib.crc32(self._table(self.columns, self.rows).encode())
+        checksum = zlib.crc32(self._table(self.columns, self.rows))
         info = info | dict(rows=(len(self.rows), self.columns, checksum), random=random.getstate(), numpy=np.random.get_state())
         info |= dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
         self.saves += 1
-        try:
-            (self.path / "checkpoint").mkdir(exist_ok=True)
-        except OSError as error:
-            raise RunError(f"cannot write {self.path / 'checkpoint'}: {error.strerror}") from error
         with writing(self.path / f"checkpoint/{self.saves}_rank{mpi.rank()}.ckpt") as file:
             state.write(file, info)
         mpi.average(0.0)  # waits for all ranks
@@ -219,9 +214,8 @@ class RunDir:
             raise RunError(f"{refused}cannot use {path}: {one_line(error)}; start a new run") from error
         if mpi.rank() == 0:
             self._lock()
-            rows = read_rows(self.path / "progress.txt")
-            self.rows = rows[:count]
-            text = self._table(self.columns, self.rows).encode()
+            self.rows = read_rows(self.path / "progress.txt")[:count]
+            text = self._table(self.columns, self.rows)
             if zlib.crc32(text) != checksum:
                 raise RunError(f"{refused}progress.txt is not that of the checkpoint: it lacks rows, or was edited")
             if count:
