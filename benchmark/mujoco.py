@@ -123,7 +123,7 @@ def main(args):
 
     runs = planned(args)
     for run in runs:
-        if is_kept(run, folder) and not run.outdated:
+        if is_kept(run, folder) and not run.outdated and not run.resumes:
             run.returncode = 0
         elif run.returncode == 0:  # finished, but not kept yet
             keep(run)

@@ -86,6 +86,8 @@ class Run:
         if self.run_dir is None:  # not to be guessed: another process may take the name that is free now
             said = re.search(rf"{re.escape(str(self.parent / str(self)))}(_\d+)?(?=  \()", self.output())
             self.run_dir = Path(said[0]) if said else None
+        if self.returncode and self.run_dir and not self.run_dir.exists():  # it failed before its first row
+            self.run_dir = None
 
     def progress(self):
         """The fraction of the steps that are done, and the last return as text, "-" before the first episode's end."""
@@ -135,10 +137,10 @@ def overview(runs, workers):
 def stop(runs):
     """End the runs in progress: SIGINT, GRACE seconds for a checkpoint, which another Ctrl-C cuts short, and the kill."""
     processes = [run.process for run in runs if run.process and run.process.poll() is None]
-    for process in processes:  # once: the second signal of a kind would end them without a checkpoint
-        process.send_signal(signal.SIGINT)
     deadline = time.monotonic() + GRACE
     try:
+        for process in processes:  # once: a second one would end them without a checkpoint
+            process.send_signal(signal.SIGINT)
         if processes:
             say(f"stopping what runs; this may take {GRACE} s (Ctrl-C again: at once)")
         for process in processes:
@@ -188,8 +190,12 @@ def available_cores():
 def interruptible(*command):
     """Lets the signals that would end this process raise KeyboardInterrupt, and prints the words of the command to go on."""
 
+    told = [-1.0]
+
     def interrupt(signum, frame):
-        raise KeyboardInterrupt(signum)
+        if time.monotonic() > told[0] + 1:  # a terminal that closes may send it twice
+            told[0] = time.monotonic()
+            raise KeyboardInterrupt(signum)
 
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # the last one even in a background job, which ignores it
         if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:

@@ -186,6 +186,7 @@ def use_earlier_attempts(run, script, launcher, ranks):
     resumable = [path for path in steps if any((path / "checkpoint").glob("*.ckpt"))]
     # a run that was killed after its last row and before its last save has a checkpoint to go on with
     finished = [path for path in steps if steps[path] >= run.args.total_steps and (path not in resumable or is_saved(path))]
+    run.outdated = outdated
     if finished:
         run.run_dir, run.returncode = max(finished, key=steps.get), 0
     elif resumable:
@@ -193,7 +194,6 @@ def use_earlier_attempts(run, script, launcher, ranks):
         run.fraction_before = steps[run.resumes] / run.args.total_steps
         run.command = [*launcher, "--resume", str(run.resumes)]
     elif outdated:
-        run.outdated = outdated
         say(f"{outdated}: was made by other code than {script} has now; {run} starts anew", sys.stderr)
 
 

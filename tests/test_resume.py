@@ -37,7 +37,7 @@ from utils.envs import make_env, say_once
 from utils.logger import Logger
 from utils.mpi import RunError
 from utils.run_dir import same_code
-from utils.state import State
+from utils.state import State, take
 
 ALL = pytest.mark.parametrize("script", [vpg, trpo, ppo, ddpg, td3, sac], ids=lambda script: script.__name__)
 OFF_POLICY = dict(env_id="Pendulum-v1", total_steps=600, steps_per_epoch=120, start_steps=100, update_after=50)
@@ -166,7 +166,7 @@ def test_kill_while_the_checkpoint_is_written_leaves_the_one_before(tmp_path, mo
         td3.train(tiny(td3, tmp_path / "cut", save_freq=1))
     monkeypatch.setattr(os, "replace", replace)
     cut = run_dir(tmp_path / "cut")
-    assert list((cut / "checkpoint").glob("*.part")) and list((cut / "checkpoint").glob("*.ckpt"))
+    assert list((cut / "checkpoint").glob("*.ckpt"))
     td3.train(td3.Args(resume=str(cut)))
     assert same(cut, run_dir(tmp_path / "whole"))
 
@@ -348,7 +348,7 @@ def finished(tmp_path):
 
 
 def test_arguments_that_contradict_the_run(finished, tmp_path):
-    for changes, words in [(dict(seed=1), "--seed 1"), (dict(hidden_sizes=(8,)), "--hidden-sizes"), (dict(pi_lr=1.0), "--pi-lr")]:
+    for changes, words in [(dict(seed=1), "--seed 1"), (dict(hidden_sizes=(8,)), "--hidden-sizes"), (dict(lam=1.0), "--lam")]:
         with pytest.raises(RunError, match=f"{words}.*the run to resume has"):
             ppo.Args(resume=str(finished), **changes)
     with pytest.raises(RunError, match="made by ppo.py, not by vpg.py"):
@@ -534,9 +534,11 @@ class Thing:
 
     def __init__(self, seed=0):
         self.array, self.tensor, self.layer = np.zeros((3, 2)), torch.zeros(2), nn.Linear(2, 1)
-        self.rng, self.view, self.random, self.none, self.node = np.random.default_rng(0), self.array.reshape(-1), random.Random(0), None, Node(0)
+        self.rng, self.random, self.view = np.random.default_rng(0), random.Random(0), self.array.reshape(-1)
+        self.none, self.node = None, Node(0)
         self.optimizer = torch.optim.Adam(self.layer.parameters())
-        self.device, self.kind, self.space, self.function = torch.device("cpu"), np.float32, gym.spaces.Discrete(2), np.tanh
+        self.device, self.kind, self.space, self.function = torch.device("cpu"), np.float32, gym.spaces.Discrete(2), min
+        self.spread, self.shared = np.broadcast_to(0.0, 3), [1]
         self.things, self.me = {}, self
 
 
@@ -586,11 +588,12 @@ def test_every_kind_of_state_comes_back():
     thing, coefficient, rets, queue = Thing(), torch.tensor(1.0), [], collections.deque(maxlen=5)
     state = State(dict(thing=thing, coefficient=coefficient, rets=rets, queue=queue), module)
     thing.view += 1
-    thing.tensor, thing.none, thing.node.value = torch.ones(3), Pair(np.ones(2), "now"), 7
+    thing.tensor, thing.none = torch.ones(3), Pair(np.ones(2), "now")
     thing.layer(torch.ones(2)).backward()
     thing.optimizer.step()
     thing.rng.random(), thing.random.random()
     thing.things = {k: structure(rng) for k in range(300)}
+    thing.node.value, thing.spread = thing.shared, np.broadcast_to(2.0, 3)
     coefficient *= 1.5
     rets.append((1, np.zeros(2)))
     queue.extend(range(9))
@@ -601,11 +604,53 @@ def test_every_kind_of_state_comes_back():
     there_and_back(state, fresh)
     assert all(equal(thing.things[k], again.things[k]) for k in range(300))
     assert again.array is array and again.layer is layer and again.me is again and np.shares_memory(again.view, array)
-    assert (array == 1).all() and equal(again.none, thing.none) and again.node.value == 7 and again.tensor.tolist() == [1, 1, 1]
+    assert (array == 1).all() and equal(again.none, thing.none) and again.tensor.tolist() == [1, 1, 1]
+    assert again.node.value is again.shared and again.spread.tolist() == [2, 2, 2]
     assert torch.equal(layer.weight, thing.layer.weight) and (again.device, again.kind) == (thing.device, np.float32)
     assert equal(again.optimizer.state_dict()["state"], thing.optimizer.state_dict()["state"])
     assert again.rng.random() == thing.rng.random() and again.random.random() == thing.random.random()
     assert (new_coefficient, equal(new_rets, rets), equal(new_queue, queue)) == (1.5, True, True)
+
+
+def test_what_a_script_has_added_to_its_state_since_is_said():
+    layers, again = [nn.Linear(1, 1) for _ in range(2)], [nn.Linear(1, 1) for _ in range(2)]
+    state = State(dict(ac=layers[0], critic=layers[1]), sys.modules[__name__])
+    for things in dict(critic=again[1], ac=again[0]), dict(ac=again[0], critic=again[1], rets=[]):
+        with pytest.raises(ValueError, match="the script keeps other things in its state now"):
+            there_and_back(state, State(things, sys.modules[__name__]))
+
+
+def test_a_checkpoint_calls_nothing(tmp_path):
+    """Neither what Python has, nor what the state itself holds."""
+    thing = Thing()
+    thing.call = lambda: (tmp_path / "called").touch()
+    for steal in (lambda: Malicious(tmp_path / "trap"), lambda: Stolen(("constant", 0)), lambda: Stolen(("kind", "call"))):
+        file = io.BytesIO()
+        pickle.Pickler(file, protocol=5).dump(steal())
+        with pytest.raises((pickle.UnpicklingError, KeyError, TypeError)):
+            State(dict(thing=thing), sys.modules[__name__]).read(io.BytesIO(file.getvalue()))
+    assert list(tmp_path.iterdir()) == []
+
+
+class Stolen:
+    """A pickle that asks for something that is there, and calls it."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def __reduce__(self):
+        return Called(self.what), ()
+
+
+class Called:
+    def __init__(self, what):
+        self.what = what
+
+    def __reduce__(self):
+        return take, self.what
+
+    def __call__(self):
+        raise AssertionError("only the reader would call it")
 
 
 def test_a_transition_buffer_of_python_objects_comes_back():
@@ -660,10 +705,9 @@ def test_resumed_with_other_code(tmp_path):
     edited = text.replace('"tanh": nn.Tanh', '"tanh": nn.ReLU')
     for k, (code, differs) in enumerate([("# a remark\n" + text, False), (edited, True)]):
         (home / "mine.py").write_text(code)
-        (path / "mine.py").write_text(text)
         done = run(sys.executable, "mine.py", "--resume", "data/x/x_s0", "--total-steps", 400 + 200 * k, cwd=home)
         assert done.returncode == 0, done.stderr
-        assert ("is not the code that began this run; its own is data/x/x_s0/mine.py" in done.stderr) == differs
+        assert ("is not the code of all of this run; its first is data/x/x_s0/mine.py" in done.stderr) == differs
         assert json.loads((path / "config.json").read_text())["resumed"][k].get("other_code", False) == differs
         assert same_code(path, home / "mine.py") != differs
     (home / "mine.py").write_text(text)

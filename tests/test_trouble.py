@@ -55,7 +55,8 @@ LONG_OFF_POLICY = [*LONG, *LONG_OFF_POLICY.split()]
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_a_checkpoint(script, options, signum, tmp_path):
     process = start(script, *options, "--data-dir", tmp_path)
-    process.send_signal(signum)
+    for _ in range(2):  # as a terminal does that is closed
+        process.send_signal(signum)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signum and "Traceback" not in err, err
     assert f"{signum.name}: writing a checkpoint" in out and f"--resume {tmp_path}/x/x_s0" in out.splitlines()[-1]
@@ -76,7 +77,7 @@ def test_the_second_signal_ends_at_once(tmp_path):
         process.stdout.readline()
         for _ in range(2):
             process.send_signal(signal.SIGTERM)
-            time.sleep(0.5)
+            time.sleep(1.5)
         assert process.wait(10) == 143
     assert not (tmp_path / "x").exists()  # nothing had been reached
 
@@ -123,15 +124,16 @@ def test_rewards_of_other_kinds(script, kind, tmp_path):
 
 
 def test_what_is_no_number_is_refused_by_name(tmp_path):
-    register("Pair-v0", step=lambda self, action: (np.zeros(1), np.array([1.0, 2.0]), False, False, {}))
-    with pytest.raises(RunError, match=r"the environment's reward has to be one number, not \[1. 2.\]"):
-        ppo.train(arguments(ppo, tmp_path, env_id="Pair-v0"))
+    for reward, shown in (np.array([1.0, 2.0]), r"\[1. 2.\]"), (None, "None"):
+        register("Odd-v0", step=lambda self, action, reward=reward: (np.zeros(1), reward, False, False, {}))
+        with pytest.raises(RunError, match=f"the environment's reward has to be one number, not {shown}"):
+            ppo.train(arguments(ppo, tmp_path, env_id="Odd-v0"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_data_dir_that_is_a_dangling_link(tmp_path):
     (tmp_path / "scratch").symlink_to(tmp_path / "purged")
-    with pytest.raises(RunError, match="--data-dir .*scratch: cannot make .*: a link leads to .*purged, which does not exist"):
+    with pytest.raises(RunError, match="--data-dir .*scratch: cannot make .*: a link leads to .*purged/x, which cannot be made"):
         ppo.train(arguments(ppo, tmp_path / "scratch"))
 
 
@@ -143,8 +145,9 @@ def test_spellings_of_a_wandb_agent(script):
     assert (args.track, args.hidden_sizes, args.total_steps) == (True, (32, 32), 10**6)
     assert not getattr(args, "norm_obs", False)
     assert cli(script.Args, ["--track=false", "--hidden_sizes=(8,)"]).hidden_sizes == (8,)
-    with pytest.raises(SystemExit):
-        cli(script.Args, ["--total-steps", "1.5"])
+    for steps in "1.5", "1e400", "1E-1":
+        with pytest.raises(SystemExit):
+            cli(script.Args, ["--total-steps", steps])
 
 
 def test_the_id_is_that_of_wandb(tmp_path):
@@ -170,8 +173,8 @@ def test_several_seeds_are_a_sweep(tmp_path):
 )
 def test_other_launchers_start_nothing(launcher, name, tmp_path):
     done = run(sys.executable, ROOT / "ppo.py", *SMALL, cwd=tmp_path, **launcher)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert f"{name} would start 2 identical runs; take mpirun -n 2 python" in done.stderr and not any(tmp_path.iterdir())
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not any(tmp_path.iterdir())
+    assert f"{name} has started 2 processes that know nothing of each other: take mpirun -n 2" in done.stderr
 
 
 def test_a_run_that_a_rank_starts_is_alone(tmp_path):

@@ -32,8 +32,8 @@ class Total(NamedTuple):
 
 
 def _whole(words):
-    number = float(words[0]) if "e" in words[0] else int(words[0])  # 1e6
-    if number != int(number):
+    number = float(words[0]) if "e" in words[0].lower() else int(words[0])  # 1e6
+    if not math.isfinite(number) or number != int(number):
         raise ValueError(f"{words[0]} is no whole number")
     return int(number)
 

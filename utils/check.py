@@ -2,10 +2,10 @@
 
 import importlib.util
 import math
-import os
 import re
 import sys
 import typing
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -102,10 +102,11 @@ def _check_env(args):
     if batch_size > after:
         raise RunError(f"--batch-size {batch_size}: more than --update-after {after}; try --update-after {batch_size}")
     needed = 4 * (2 * obs_space.shape[0] + math.prod(act_space.shape) + 2) * min(args.replay_size, total) / 2**30
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else math.inf
-    if needed > memory:
-        smaller = int(float(f"{0.8 * memory / needed * args.replay_size:.1e}"))
-        text = f"needs {needed:.1f} GiB, and this machine has {memory:.1f} GiB of memory; try --replay-size {smaller}"
+    meminfo = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
+    free = min((int(kib) / 2**20 for kib in re.findall(r"MemAvailable: +(\d+)", meminfo)), default=math.inf)  # GiB
+    if needed > free:
+        smaller = int(float(f"{0.8 * free / needed * args.replay_size:.1e}"))
+        text = f"needs {needed:.1f} GiB of memory, of which {free:.1f} GiB are free; try --replay-size {smaller}"
         raise RunError(f"--replay-size {args.replay_size}: {text}")
     endless = tests and args.max_ep_len is None and limit is None
     warnings = {

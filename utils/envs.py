@@ -40,7 +40,7 @@ class Episodes(gym.Wrapper):
         else:
             self.actions.clear()
         obs, rew, terminated, truncated, info = self.env.step(action)
-        rew = rew if isinstance(rew, float) else float(_number("reward", rew))
+        rew = float(rew) if isinstance(rew, float) else _number("reward", rew)
         terminated = terminated if isinstance(terminated, bool) else bool(_number("terminated", terminated))
         self.obs, self.ep_ret, self.ep_len = np.asarray(obs), self.ep_ret + rew, self.ep_len + 1
         return self.obs, rew, terminated, bool(truncated) or self.ep_len == self.cut, info
@@ -73,8 +73,8 @@ class Episodes(gym.Wrapper):
 def _number(name, x):
     """The one number in x, which may be an array of one element."""
     try:
-        return np.asarray(x).item()
-    except ValueError:
+        return float(np.asarray(x).item())
+    except (TypeError, ValueError):
         raise RunError(f"the environment's {name} has to be one number, not {x}") from None
 
 

@@ -8,37 +8,32 @@ env, act = load_policy("data/ppo_Walker2d-v4/ppo_Walker2d-v4_s0", render_mode="r
 results = film(env, act, "walk.mp4")
 
 Nothing in the run directory is changed, and nothing in it is executed: the weights are loaded with `weights_only=True`,
-and the script whose name stands in config.json is the one of that name next to utils/.
+and the script whose name stands in config.json is the one of that name next to utils/, or in a folder there.
 """
 
 import contextlib
 import ctypes.util
 import importlib.util
-import itertools
 import json
-import math
 import os
 import sys
-import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path, PureWindowsPath
 from typing import Annotated
 
-import imageio.v2 as imageio
 import numpy as np
 import torch
 import tyro
-from PIL import Image
 from tyro.conf import FlagCreatePairsOff, Positional, arg, create_mutex_group
 
 from utils.args import AtLeast0, AtLeast1
 from utils.check import check_ranges
 from utils.envs import check_finite, make_env, silence_environments
+from utils.film import Camera, follow
 from utils.mpi import RunError, one_line
 from utils.run_dir import read_config, same_code
 
 ROOT = Path(__file__).resolve().parent.parent
-FILMS = {".mp4": (50, 480, 30), ".gif": (25, 240, 10)}  # at most: frames a second, pixels a side, seconds
 EITHER = create_mutex_group(required=False)
 
 
@@ -77,18 +72,16 @@ def load_policy(run_dir, itr=None, render_mode=None):
     config = read_config(run_dir) | {"device": "cpu", "resume": None}
     env_id, name = str(config.get("env_id")), config["script"]
     weights = _read_weights(run_dir, itr)
-    packages = env_id.split(":")[0].split(".") if ":" in env_id else []  # Gymnasium imports each of them
-    for place, n in itertools.product(sys.path, range(1, len(packages) + 1)):
-        if Path(place, *packages[:n]).resolve().is_relative_to(run_dir.resolve()):
-            raise RunError(f"{run_dir}: env_id {env_id!r} would execute code of the run directory")
-    if PureWindowsPath(name).name != name or not name.endswith(".py") or not (ROOT / name).is_file():
+    paths = [path for path in (ROOT / name, *ROOT.glob(f"*/{name}")) if not (path.parent / "config.json").exists()]
+    path = next(filter(Path.is_file, paths), None) if PureWindowsPath(name).name == name and name.endswith(".py") else None
+    if path is None:
         raise RunError(f"{run_dir / 'config.json'}: its script {name!r} is no Python file in {ROOT}; put it there")
-    if not same_code(run_dir, ROOT / name):
-        print(f"{ROOT / name}: is not the code of this run, which is kept in {run_dir / name}", file=sys.stderr)
+    if not same_code(run_dir, path):
+        print(f"{path}: is not the code of this run, which is kept in {run_dir / name}", file=sys.stderr)
     libraries = [name for name in ("EGL", "OSMesa") if ctypes.util.find_library(name)]
     if render_mode == "rgb_array" and sys.platform == "linux" and libraries:  # MuJoCo then draws without a window
         os.environ.setdefault("MUJOCO_GL", libraries[0].lower())
-    script = import_script(ROOT / name)
+    script = import_script(path)
     try:
         silence_environments()
         names = {field.name for field in fields(script.Args)}  # of which older and newer versions may have others
@@ -102,7 +95,7 @@ def load_policy(run_dir, itr=None, render_mode=None):
         gl = f" (MUJOCO_GL is {os.environ['MUJOCO_GL']})" if "MUJOCO_GL" in os.environ and "mujoco" not in sys.modules else ""
         raise RunError(f"{run_dir}: this run of {name} on {env_id} cannot be loaded: {one_line(error)}{gl}") from None
     if render_mode:
-        _follow(env)
+        follow(env)
     return env, Policy(module.eval(), "num_test_episodes" in names)
 
 
@@ -124,70 +117,6 @@ def import_script(path):
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _follow(env):
-    """Look through MuJoCo's camera "track", as Gymnasium would not, at a floor without end; the physics stays the same."""
-    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
-    if renderer is None:
-        return
-    import mujoco
-
-    model = renderer.model
-    camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
-    if camera >= 0:
-        renderer.camera_id = camera
-        renderer.default_cam_config = dict(type=mujoco.mjtCamera.mjCAMERA_FIXED, fixedcamid=camera)  # that of a window
-        floor = (model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE) & (model.geom_matid >= 0) & model.geom_size[:, :2].all(1)
-        model.mat_texrepeat[model.geom_matid[floor]] /= 2 * model.geom_size[floor, :2]  # now per metre
-        model.geom_size[floor, :2] = 0  # no end
-
-
-class Camera:
-    """Films `env` to `path`, an .mp4 or a .gif, in the environment's own time. Call it after each reset and step.
-
-    To keep the file small, frames are left out, made smaller, and no longer taken after some seconds.
-    """
-
-    def __init__(self, env, path):
-        self.env, self.path, self.calls, self.writer = env, Path(path), 0, None
-        kind = self.path.suffix.lower()
-        if kind not in FILMS or not self.path.absolute().parent.is_dir():
-            raise RunError(f"--video {path}: has to end in {' or '.join(FILMS)}, in a directory that exists")
-        if env.render_mode != "rgb_array":
-            raise RunError(f"--video {path}: {env} draws no pictures; it needs render_mode='rgb_array'")
-        max_fps, self.max_pixels, seconds = FILMS[kind]
-        self.env_fps = env.metadata.get("render_fps") or 30
-        self.every = math.ceil(self.env_fps / max_fps)
-        self.max_calls, fps = seconds * self.env_fps, self.env_fps / self.every
-        gif = dict(duration=10 * round(100 / fps), loop=0)  # in ms, of which a .gif stores the tens
-        self.options = gif if kind == ".gif" else dict(fps=fps, macro_block_size=2)
-
-    @contextlib.contextmanager
-    def _errors_in_one_line(self):
-        hint = "; MuJoCo needs EGL or OSMesa: apt install libegl1 libgl1, or libosmesa6 and MUJOCO_GL=osmesa"
-        hint = hint if hasattr(self.env.unwrapped, "mujoco_renderer") and not self.writer else ""
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of GLFW, which says less than the error
-                yield
-        except Exception as error:  # OpenGL's libraries fail in many ways
-            raise RunError(f"--video {self.path}: cannot be filmed: {one_line(error)}{hint}") from None
-
-    def __call__(self):
-        if self.calls % self.every == 0 and self.calls < self.max_calls:
-            with self._errors_in_one_line():
-                picture = Image.fromarray(self.env.render())  # (height, width, 3)
-                picture.thumbnail((self.max_pixels, self.max_pixels))
-                self.writer = self.writer or imageio.get_writer(self.path, **self.options)
-                self.writer.append_data(np.asarray(picture))
-        self.calls += 1
-
-    def close(self):
-        """Complete the file."""
-        if self.writer:
-            with self._errors_in_one_line():
-                self.writer.close()
-                imageio.get_reader(self.path).close()  # fails after a full disk, of which the writer may say nothing
 
 
 def play(env, act, episodes=1, deterministic=None, max_len=None, seed=0, watch=lambda: None):

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from utils.state import State
 
 def set_up(args):
     """Refuse what cannot work, give torch its threads, and seed. Returns a generator that draws the environments' seeds."""
+    mpi.refuse_other_launchers()
     check(args)
     torch.set_num_threads(args.torch_threads)
     # Adam's averages of dead units' gradients decay to numbers below 1e-38, with which some processors are much slower
@@ -47,9 +49,13 @@ class Logger:
 
     def __init__(self, args, script):
         """Make the run directory of `args` (an instance of RunArgs) for the algorithm file `script`, or open that to resume."""
-        self.args, self.script, self.run = args, script, RunDir(args, script)
+        self.args, self.run = args, RunDir(args, script)
+        root, path = Path(__file__).resolve().parent.parent, Path(script).resolve()
+        in_folder = path.parent != root and path.is_relative_to(root)  # where only -m finds utils
+        name = ["-m", ".".join(path.relative_to(root).with_suffix("").parts)] if in_folder else [os.path.relpath(script)]
+        self.command = ["mpirun", "-n", str(mpi.size())] * (mpi.size() > 1) + ["python", *name]
         self.dir, self.stored, self.display, self.ac = self.run.path, {}, None, None
-        self.signals, self.handlers, self.epoch, self.last_steps = [], {}, 0, 0
+        self.signals, self.handlers, self.at_once, self.epoch, self.last_steps = [], {}, False, 0, 0
         self.start = self.last_time = time.monotonic()
 
     def epochs(self, count, **state):
@@ -131,8 +137,8 @@ class Logger:
             self.display.update(steps, row)
 
     def save(self):
-        """Write model.pt and the checkpoint; collective over the ranks. Raises RunError if a weight is not finite, if the ranks'
-        weights differ, or if a file cannot be written: the one before is left as it was."""
+        """Write model.pt and the checkpoint; collective over the ranks. Raises RunError if a weight is not finite, if the
+        ranks' weights differ, or if a file cannot be written: the one before is left as it was."""
         mpi.check_equal(self.ac)
         for name, tensor in self.ac.state_dict().items():
             if not torch.isfinite(tensor).all():
@@ -150,9 +156,11 @@ class Logger:
             raise Interrupted(128 + signum)
 
     def _signal(self, signum, frame):
-        if signum in self.signals:
+        if signum in self.signals and time.monotonic() > self.told + 1:  # a terminal that closes may send it twice
+            self.at_once = True
             raise Interrupted(128 + signum)
         self.signals.append(int(signum))
+        self.told = time.monotonic()
         if mpi.rank() == 0:
             say(f"{signal.Signals(signum).name}: writing a checkpoint as soon as possible (again: stop at once, without one)")
 
@@ -171,10 +179,9 @@ class Logger:
             self.display.close()
         self.run.close(failed=kind is not None)
         if kind and self.run.saves and mpi.rank() == 0:
-            launcher = f"mpirun -n {mpi.size()} " if mpi.size() > 1 else ""
-            hint = f"to go on: {launcher}python {os.path.relpath(self.script)} --resume {shlex.quote(str(self.dir))}"
+            hint = f"to go on: {shlex.join([*self.command, '--resume', str(self.dir)])}"
             error.add_note(hint) if issubclass(kind, Exception) else say(hint)  # after the traceback
-        if kind is SystemExit:  # which never reaches sys.excepthook
+        if kind is SystemExit or self.at_once:  # which never reach sys.excepthook
             if mpi.size() > 1:
                 say(f"[rank {mpi.rank()}] exits: {error}", sys.stderr)
             mpi.abort()

@@ -41,18 +41,22 @@ def say(text, file=None):
 
 
 def _launched():
-    """How many processes the launcher has started for MPI; 1 in a process that a rank has started for itself."""
+    """How many processes MPI's launcher has started; 1 in a process that a rank has started for itself."""
     env = os.environ
     try:
         "PMI_FD" in env and os.fstat(int(env["PMI_FD"]))
     except OSError:  # MPICH's line to the launcher is the rank's alone
         return 1
-    ranks = max(int(env.get(name, 1)) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
-    name, variable = ("torchrun", "WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in env else ("srun", "SLURM_STEP_NUM_TASKS")
-    others = int(env.get(variable, 1))
-    if ranks == 1 and others > 1:
-        raise SystemExit(f"error: {name} would start {others} identical runs; take mpirun -n {others} python {sys.argv[0]}")
-    return ranks
+    return max(int(env.get(name, 1)) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+
+
+def refuse_other_launchers():
+    """Raise RunError in a process of a launcher that is not MPI's: each would do the same run."""
+    name, variable = ("torchrun", "WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else ("srun", "SLURM_STEP_NUM_TASKS")
+    n = int(os.environ.get(variable, 1))
+    if size() == 1 and n > 1:
+        own = f"for a run of its own in each task, unset {variable}"
+        raise RunError(f"{name} has started {n} processes that know nothing of each other: take mpirun -n {n}; {own}")
 
 
 def _connect():
@@ -82,7 +86,7 @@ def _excepthook(kind, error, trace):
         text = "\n".join([f"error: {error}", *getattr(error, "__notes__", [])])
     else:
         text = "".join(traceback.format_exception(kind, error, trace)).rstrip()  # with its notes
-    print(f"[rank {rank()}] {text}" if _comm else text, file=sys.stderr, flush=True)
+    say(f"[rank {rank()}] {text}" if _comm else text, sys.stderr)
     abort()
 
 

@@ -11,21 +11,20 @@ import json
 import os
 import pathlib
 import platform
-import random
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import zlib
+from importlib import metadata
 
-import gymnasium as gym
-import numpy as np
 import torch
 
 from utils import mpi
 from utils.display import Tracker
 from utils.mpi import RunError, one_line, say
+from utils.state import random_states, set_random_states
 
 
 @contextlib.contextmanager
@@ -39,10 +38,11 @@ def writing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+    except Exception as error:  # of a full disk torch says RuntimeError, of what cannot be saved State says TypeError
+        raise RunError(f"cannot write {path}: {one_line(error)}; the one before is left as it was") from error
+    finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {one_line(error)}; the one before is left as it was") from error
 
 
 def read_config(run_dir):
@@ -54,6 +54,10 @@ def read_config(run_dir):
         raise RunError(f"{path}: cannot be read: {one_line(error)}; is {run_dir} a run directory?") from None
     if not isinstance(config, dict) or not isinstance(config.get("script"), str):
         raise RunError(f"{path}: not the configuration of a run")
+    packages = str(config.get("env_id")).rpartition(":")[0].split(".")  # which Gymnasium would import
+    for place, n in itertools.product(sys.path, range(1, len(packages) + 1)):
+        if packages[0] and pathlib.Path(place, *packages[:n]).resolve().is_relative_to(pathlib.Path(run_dir).resolve()):
+            raise RunError(f"{path}: env_id {config['env_id']!r} would execute code of the run directory")
     return config
 
 
@@ -65,14 +69,13 @@ def read_rows(path):
 
 
 def same_code(run_dir, script):
-    """Whether `script` has the syntax tree of the run's own copy of it, and the run was never resumed with other code. True for
-    a run without a copy, as those of earlier versions."""
+    """Whether `script` has the syntax tree of the run's copy of it, which no other code has gone on with. True without a copy."""
     copy = pathlib.Path(run_dir) / pathlib.Path(script).name
     if not copy.exists():
         return True
     try:
         trees = [ast.dump(ast.parse(pathlib.Path(path).read_bytes())) for path in (copy, script)]
-    except (OSError, SyntaxError, ValueError):
+    except Exception:  # whatever ast thinks of it
         return False
     return trees[0] == trees[1] and not any(again.get("other_code") for again in read_config(run_dir).get("resumed", []))
 
@@ -86,10 +89,10 @@ def provenance(script):
         commit += "-dirty" * bool(subprocess.run([*git, "status", "--porcelain", "--", ":/*.py"], **options).stdout)
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, gymnasium=gym.__version__)
-    versions |= dict(mujoco=sys.modules["mujoco"].__version__) if "mujoco" in sys.modules else {}
-    run = dict(script=pathlib.Path(script).name, command=shlex.join(sys.argv), ranks=mpi.size())
-    return run | dict(versions=versions, git_commit=commit)
+    names = [name for name in ("torch", "numpy", "gymnasium", "mujoco") if name in sys.modules]
+    versions = dict(python=platform.python_version()) | {name: metadata.version(name) for name in names}
+    script, command = pathlib.Path(script).name, shlex.join(sys.argv)
+    return dict(script=script, command=command, ranks=mpi.size(), versions=versions, git_commit=commit)
 
 
 def make_run_dir(args, exp_name):
@@ -102,7 +105,7 @@ def make_run_dir(args, exp_name):
             return path
         except OSError as error:
             if not os.path.lexists(path):  # else the next one
-                reason = f"a link leads to {os.path.realpath(parent.parent)}, which does not exist"
+                reason = f"a link leads to {os.path.realpath(parent)}, which cannot be made"
                 reason = reason if isinstance(error, FileExistsError) else error.strerror
                 raise RunError(f"--data-dir {args.data_dir}: cannot make {path}: {reason}") from None
 
@@ -112,11 +115,11 @@ class RunDir:
 
     def __init__(self, args, script):
         self.args, self.script, self.rows, self.columns, self.saves = args, pathlib.Path(script), [], [], 0
-        self.tracker = self.lock = None
-        now = mpi.gather(provenance(script) if mpi.rank() == 0 else None)[0]
+        self.tracker, self.lock, self.code = None, None, self.script.read_bytes()
+        now = mpi.gather(mpi.rank() == 0 and provenance(script))[0]
         if args.resume is None:
             name = args.exp_name or re.sub(r"[^A-Za-z0-9_.+=,-]", "-", f"{self.script.stem}_{args.env_id}")
-            self.path = mpi.gather(make_run_dir(args, name) if mpi.rank() == 0 else None)[0]
+            self.path = mpi.gather(mpi.rank() == 0 and make_run_dir(args, name))[0]
             self.config = dataclasses.asdict(args) | now
             return
         self.path = pathlib.Path(args.resume)
@@ -127,7 +130,7 @@ class RunDir:
         again = {name: now[name] for name in ("versions", "git_commit")}
         again |= {} if same_code(self.path, script) else dict(other_code=True)
         if "other_code" in again and mpi.rank() == 0:
-            say(f"{script} is not the code that began this run; its own is {self.path / self.script.name}", sys.stderr)
+            say(f"{script} is not the code of all of this run; its first is {self.path / self.script.name}", sys.stderr)
         self.config |= dict(total_steps=args.total_steps, resumed=[*self.config.get("resumed", []), again])
 
     def open(self):
@@ -139,8 +142,8 @@ class RunDir:
             self.tracker = Tracker(self.args, self.config, self.path)
             self.config["wandb_id"] = self.tracker.run.id
         self.write("config.json", (json.dumps(self.config, indent=2) + "\n").encode())
-        if not (self.path / self.script.name).exists():
-            self.write(self.script.name, self.script.read_bytes())
+        if self.args.resume is None:
+            self.write(self.script.name, self.code)
 
     def _lock(self):
         """Keep other processes from resuming this run; the lock ends with `close` or with the process."""
@@ -178,14 +181,12 @@ class RunDir:
             self.tracker("log", {name: x for name, x in row.items() if x != ""}, step=row["TotalEnvInteracts"])
 
     def save(self, module, state, info):
-        """Write the module's weights to model.pt, and the State and `info` to the checkpoint of this rank; the checkpoint before
-        is deleted when every rank has written its own."""
+        """Write the module's weights to model.pt, and the State and `info` to this rank's checkpoint."""
         if mpi.rank() == 0:
             with writing(self.path / "model.pt") as file:
                 torch.save({name: tensor.cpu() for name, tensor in module.state_dict().items()}, file)
         checksum = zlib.crc32(self._table(self.columns, self.rows))
-        info = info | dict(rows=(len(self.rows), self.columns, checksum), random=random.getstate(), numpy=np.random.get_state())
-        info |= dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+        info = info | dict(rows=(len(self.rows), self.columns, checksum), random=random_states())
         self.saves += 1
         with writing(self.path / f"checkpoint/{self.saves}_rank{mpi.rank()}.ckpt") as file:
             state.write(file, info)
@@ -199,6 +200,9 @@ class RunDir:
 
     def restore(self, state):
         """Bring State, random generators and rows back to the newest checkpoint that all ranks have; returns `info`."""
+        if mpi.rank() == 0:
+            self._lock()
+        mpi.average(0.0)  # waits for all ranks
         refused, folder = f"--resume {self.path}: ", self.path / "checkpoint"
         numbers = {path.name.partition("_")[0] for path in folder.glob("*_rank0.ckpt")}
         complete = [int(n) for n in numbers if all((folder / f"{n}_rank{rank}.ckpt").exists() for rank in range(mpi.size()))]
@@ -213,19 +217,14 @@ class RunDir:
         except Exception as error:  # whatever a broken or foreign file brings about
             raise RunError(f"{refused}cannot use {path}: {one_line(error)}; start a new run") from error
         if mpi.rank() == 0:
-            self._lock()
             self.rows = read_rows(self.path / "progress.txt")[:count]
             text = self._table(self.columns, self.rows)
             if zlib.crc32(text) != checksum:
                 raise RunError(f"{refused}progress.txt is not that of the checkpoint: it lacks rows, or was edited")
-            if count:
-                self.write("progress.txt", text)  # without rows after the checkpoint, which will come again
+            self.write("progress.txt", text if count else b"")  # rows after the checkpoint will come again
+        mpi.average(0.0)  # not before the rows are found good
         self._delete_other_checkpoints()  # a half one, of which this run would come to write the other half
-        random.setstate(info["random"])
-        np.random.set_state(info["numpy"])
-        torch.set_rng_state(info["torch"])
-        if torch.cuda.is_available() and info["cuda"]:
-            torch.cuda.set_rng_state_all(info["cuda"])
+        set_random_states(info["random"])
         return info
 
     def close(self, failed):

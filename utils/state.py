@@ -1,13 +1,13 @@
 """What changes in the course of a run, to a checkpoint and back."""
 
 import collections
-import dataclasses
 import enum
 import io
 import pathlib
 import pickle
 import random
 import types
+from dataclasses import is_dataclass
 
 import gymnasium as gym
 import numpy as np
@@ -15,9 +15,10 @@ import torch
 
 from utils.mpi import RunError, one_line
 
-CONTAINERS = (list, tuple, dict, set, frozenset, bytearray, complex, torch.Size)
+CONTAINERS = (list, tuple, dict, set, frozenset, bytearray, complex, int, float, str, torch.Size)
 CONTAINERS += (collections.deque, collections.OrderedDict, collections.defaultdict, collections.Counter)
-CONSTANT = (torch.device, torch.dtype, np.dtype, type, types.FunctionType, pathlib.PurePath, gym.Space)  # of the program
+CODE = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)  # what objects hold of it is left as it is
+CONSTANT = (torch.device, torch.dtype, np.dtype, pathlib.PurePath, gym.Space)
 
 
 def state_functions(x):
@@ -31,6 +32,21 @@ def state_functions(x):
     return (x.get_state, x.set_state) if isinstance(x, torch.Generator | np.random.RandomState) else None
 
 
+def random_states():
+    """The states of all generators of random numbers that Python, NumPy and torch share."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def set_random_states(states):
+    python, numpy, cpu, cuda = states
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda)
+
+
 class State:
     """Things by name: `write` writes them to a file, and `read` puts what is in the file back into them.
 
@@ -42,19 +58,18 @@ class State:
 
     def __init__(self, things, module):
         self.things, self.known, self.numbers, self.begun = things, [], {}, False
-        for kind in vars(module).values():
-            if isinstance(kind, type) and (issubclass(kind, tuple | enum.Enum) or dataclasses.is_dataclass(kind)):
-                self.number(kind)
+        kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and not hasattr(kind, "__post_init__")]
+        self.kinds = {kind.__name__: kind for kind in kinds if issubclass(kind, tuple | enum.Enum) or is_dataclass(kind)}
         for name, thing in things.items():
             try:
-                if isinstance(thing, tuple | str | float | int | None):
+                if isinstance(thing, tuple | frozenset | bytes | str | int | float | complex | np.generic | None):
                     raise TypeError(f"a {type(thing).__name__} cannot change; make it a tensor or an object's attribute")
                 file, arrays = io.BytesIO(), []  # in their own memory, not copied
                 Writer(file, self, buffer_callback=arrays.append).dump(thing)
                 Reader(io.BytesIO(file.getvalue()), self, buffers=arrays).load()
             except Exception as error:
                 raise RunError(f"{name}: --resume could not restore it: {one_line(error)}") from error
-        self.begun = True
+        self.begun, self.plan = True, [*things, *(type(x).__name__ for x in self.known)]
 
     def number(self, x):
         """The place of x among what is there from the start; None if it has come since."""
@@ -65,15 +80,16 @@ class State:
 
     def write(self, file, info):
         """Write `info`, plain data, and the things to a binary file."""
-        for x in (info, *self.things.values()):
-            Writer(file, self).dump(x)
+        Writer(file, self).dump((self.plan, info))
+        Writer(file, self).dump([*self.things.values()])
 
     def read(self, file, longer=False):
-        """Read what `write` has written; returns `info`. `longer`: an array that has become longer, in a run that was given more
-        steps, keeps its length."""
-        info = Reader(file, self).load()
-        for thing in self.things.values():
-            saved = Reader(file, self, longer).load()
+        """Read what `write` has written; returns `info`. `longer`: an array that is longer now, as in a run that was given
+        more steps, keeps its length."""
+        plan, info = Reader(file, self).load()
+        if plan != self.plan:
+            raise ValueError("the script keeps other things in its state now")
+        for thing, saved in zip(self.things.values(), Reader(file, self, longer).load(), strict=True):
             if isinstance(thing, list | bytearray):
                 thing[:] = saved
             elif isinstance(thing, dict | set | collections.deque):
@@ -93,7 +109,7 @@ def put(thing, attributes):
 class Writer(pickle.Pickler):
     def __init__(self, file, state, known=True, **options):
         super().__init__(file, protocol=5, **options)
-        self.number = state.number if known else lambda x: None
+        self.state, self.number = state, state.number if known else lambda x: None
 
     def reducer_override(self, x):
         """How to write what is not plain: `take` with its arguments, and for an object `put` with its attributes."""
@@ -106,19 +122,24 @@ class Writer(pickle.Pickler):
             return take, (kind, number, np.lib.format.dtype_to_descr(x.dtype), x.shape, None, pickle.PickleBuffer(data))
         if x is take or x is put or type(x) in CONTAINERS or (isinstance(x, type) and x in CONTAINERS):
             return NotImplemented
-        if self.number(type(x)) is not None and (isinstance(x, tuple) or self.number(x) is None):
+        if isinstance(x, CODE):
+            if self.state.kinds.get(x.__name__) is not x:
+                raise TypeError(f"the {type(x).__name__} {x.__name__}, which is no value")
+            return take, ("kind", x.__name__)
+        if type(x) in self.state.kinds.values() and (isinstance(x, tuple) or self.number(x) is None):
             return NotImplemented
         if self.number(x) is None or isinstance(x, CONTAINERS):
             raise TypeError(f"a {type(x).__name__} that was not there at the start, or of a kind that no file can hold")
         if state_functions(x):
             file = io.BytesIO()
-            Writer(file, self, known=False).dump(state_functions(x)[0]())
+            Writer(file, self.state, known=False).dump(state_functions(x)[0]())
             return take, ("state", self.number(x), file.getvalue())
         if isinstance(x, CONSTANT):
             return take, ("constant", self.number(x))
         if not hasattr(x, "__dict__"):
             raise TypeError(f"a {type(x).__name__}; make it an array, a tensor or a list of numbers")
-        return take, ("object", self.number(x)), dict(vars(x)), None, None, put
+        attributes = {name: value for name, value in vars(x).items() if not isinstance(value, CODE)}
+        return take, ("object", self.number(x)), attributes, None, None, put
 
 
 class Reader(pickle.Unpickler):
@@ -134,6 +155,8 @@ class Reader(pickle.Unpickler):
 
     def take(self, kind, number, *saved):
         """What stands for x: the one that is there from the start, with what was saved of it, or a new array or tensor."""
+        if kind == "kind":
+            return self.state.kinds[number]
         live = None if number is None else self.state.known[number]
         if kind == "state":
             state_functions(live)[1](Reader(io.BytesIO(*saved), self.state).load())
@@ -149,8 +172,10 @@ class Reader(pickle.Unpickler):
             return new[()] if kind == "scalar" else new
         part = live.detach() if kind == "tensor" else live
         part = part[: len(new)] if self.longer and new.ndim and part.ndim else part
-        if part.shape != new.shape or part.dtype != new.dtype:
-            return new
-        if self.state.begun:
-            part[...] = new
-        return live
+        fits = part.shape == new.shape and part.dtype == new.dtype
+        if fits and self.state.begun:
+            try:
+                part[...] = new
+            except (ValueError, RuntimeError):  # one number stands for many, or it is read-only
+                fits = False
+        return live if fits else new
