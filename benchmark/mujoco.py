@@ -31,7 +31,7 @@ from benchmark.pool import available_cores, execute, interruptible
 from benchmark.sweep import Args as SweepArgs
 from benchmark.sweep import plan
 from utils.evaluate import load_policy, play
-from utils.mpi import RunError
+from utils.process import RunError
 from utils.runs import ASIDE
 
 ON_POLICY = ("vpg.py", "trpo.py", "ppo.py")

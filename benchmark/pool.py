@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from utils.args import RunArgs
-from utils.mpi import RunError, say
+from utils.process import RunError, say
 from utils.run_dir import read_rows
 
 GRACE = 20  # seconds that an interrupted run has for its checkpoint

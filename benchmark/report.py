@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 
 from benchmark.mujoco import ENV_IDS, OFF_POLICY, ON_POLICY, same_arguments
 from benchmark.score import Experiment, experiments, load
-from utils.mpi import RunError
 from utils.plot import COLORS, STYLE, plot, save
+from utils.process import RunError
 from utils.runs import load_runs
 
 FAMILIES = {"on-policy": ON_POLICY, "off-policy": OFF_POLICY}

@@ -22,7 +22,7 @@ import pandas as pd
 import tyro
 from tyro.conf import Positional
 
-from utils.mpi import RunError
+from utils.process import RunError
 from utils.runs import KEPT, group_runs, load_runs, one_per_seed
 
 

@@ -35,7 +35,7 @@ from utils import mpi
 from utils.args import AtLeast1, cli
 from utils.check import check, check_ranges
 from utils.evaluate import ROOT, import_script
-from utils.mpi import RunError, say
+from utils.process import RunError, say
 from utils.run_dir import read_config, read_rows, same_code
 
 MAY_DIFFER = ("exp_name", "data_dir", "resume")  # between two attempts at the same run

@@ -4,9 +4,11 @@
     python -m benchmark.throughput --scripts ppo.py --torch-threads 1 2      # with one and with two threads
     python -m benchmark.throughput --no-peers --ranks                        # without peers and without MPI
 
-Every repeat measures everything once, one after the other, each training in a process of its own; the table holds the
-medians over the repeats. A speed is that of whole training: acting, stepping, storing, updating, logging and saving, from
-the end of the first epoch (of the first block of steps, for peers) on, so without imports and first allocations.
+Peers: stable-baselines3 (TRPO: sb3-contrib), and SBX, the same algorithms in JAX (pip install stable-baselines3 sb3-contrib
+sbx-rl). Every repeat measures everything once, one after the other, each training in a process of its own, pinned to as many
+cores as it has threads; the table holds the medians over the repeats. A speed is that of whole training: acting, stepping,
+storing, updating and logging, from the end of the first epoch (of a warm-up, for peers) on, so without imports, compiling and
+first allocations. It is given in steps per second of wall time, and per second of the process's CPU time.
 
 `peers' settings` are the networks, batches and updates per step of stable-baselines3's defaults, but networks of (256, 256)
 for DDPG and TD3; `own defaults` are the script's. The floor of an update is the time that its matrix products alone take at
@@ -32,10 +34,11 @@ import torch
 import tyro
 
 from benchmark.mujoco import OFF_POLICY, ON_POLICY
-from utils.envs import silence_environments
+from utils.check import silence_environments
 
-PEERS = {"trpo.py": ("sb3_contrib", "TRPO"), "ppo.py": ("stable_baselines3", "PPO")}
-PEERS |= {f"{name.lower()}.py": ("stable_baselines3", name) for name in ("DDPG", "TD3", "SAC")}
+PEERS = {"trpo.py": {"sb3": ("sb3_contrib", "TRPO")}}  # by script and label: package and class
+for name in ("PPO", "DDPG", "TD3", "SAC"):
+    PEERS[f"{name.lower()}.py"] = {"sb3": ("stable_baselines3", name), "sbx": ("sbx", name)}
 PEERS_SETTINGS = {  # of ours, so that both do the same work
     "trpo.py": "--num-envs 1 --steps-per-epoch 2048 --minibatch-size 128 --train-v-iters 10 --cg-iters 15",
     "ppo.py": "--num-envs 1 --steps-per-epoch 2048 --minibatch-size 64 --train-iters 10",
@@ -45,15 +48,28 @@ PEER_OPTIONS = dict.fromkeys(
     OFF_POLICY, "policy_kwargs=dict(net_arch=[256, 256]), batch_size=256, train_freq=1, gradient_steps=1"
 )
 PEER_PROGRAM = """
-import sys, time, torch, gymnasium
+import time, torch, gymnasium
 from {package} import {name}
 torch.set_num_threads({threads})
 gymnasium.logger.min_level = gymnasium.logger.ERROR
 model = {name}("MlpPolicy", {env_id!r}, device="cpu", seed=0, {options})
 model.learn({warm_up})
-before, start = model.num_timesteps, time.perf_counter()
+steps, wall, cpu = model.num_timesteps, time.perf_counter(), time.process_time()
 model.learn({steps}, reset_num_timesteps=False)  # on-policy whole rollouts, so more than these
-print("steps/s", (model.num_timesteps - before) / (time.perf_counter() - start))
+steps = model.num_timesteps - steps
+print("speeds", steps / (time.perf_counter() - wall), steps / (time.process_time() - cpu))
+"""
+OWN_PROGRAM = """
+import importlib, time
+from utils.logger import Logger
+script, marks, log = importlib.import_module({module!r}), [], Logger.log
+def timed_log(self, **metrics):
+    log(self, **metrics)
+    marks.append((self.last_steps, time.perf_counter(), time.process_time()))
+Logger.log = timed_log
+script.train(script.cli(script.Args, {words!r}))
+steps, wall, cpu = (last - first for first, last in zip(marks[0], marks[-1]))
+print("speeds", steps / wall, steps / cpu)
 """
 
 
@@ -114,89 +130,104 @@ def update_operations(script, obs_dim, act_dim, batch, hidden=(256, 256), policy
     return critic_step + actor_step / (policy_delay if script == "td3.py" else 1)
 
 
-def script_steps_per_sec(script, env_id, steps, threads, options, ranks=None):
-    """Speed of `script` in a process of its own, or as so many ranks under mpirun, from the end of its first epoch on."""
+def speeds(program, threads):
+    """Steps per second of wall time and of CPU time that a program prints, in a process pinned to so many cores."""
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads]))
+    command = ["taskset", "-c", cores, sys.executable, "-c", program]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return [float(speed) for speed in done.stdout.rpartition("speeds")[2].split()]
+
+
+def own_words(script, env_id, steps, threads, options, folder):
+    """The command line of a run of ours."""
+    words = f"--env-id {env_id} --total-steps {steps} --torch-threads {threads} --exp-name x --data-dir {folder} {options}"
+    if script in OFF_POLICY:  # all steps but the first with updates, as in the peers' runs
+        words += " --steps-per-epoch 500 --start-steps 0 --update-after 256 --num-test-episodes 0"
+    return words.split()
+
+
+def script_speeds(script, env_id, steps, threads, options):
+    """Speeds of `script`, from the end of its first epoch on."""
     with tempfile.TemporaryDirectory() as folder:
-        fixed = f"--env-id {env_id} --total-steps {steps} --torch-threads {threads} --exp-name x --data-dir {folder}"
-        if script in OFF_POLICY:  # all steps but the first with updates, as in the peers' runs
-            fixed += " --steps-per-epoch 500 --start-steps 0 --update-after 256 --num-test-episodes 0"
-        launcher = ["mpirun", "-n", str(ranks)] if ranks else []
-        command = [*launcher, sys.executable, script, *fixed.split(), *options.split()]
+        words = own_words(script, env_id, steps, threads, options, folder)
+        return speeds(OWN_PROGRAM.format(module=Path(script).stem, words=words), threads)
+
+
+def mpi_speed(script, env_id, steps, ranks):
+    """Steps per second of wall time of `script`, at its defaults, as so many ranks under mpirun, not pinned."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["mpirun", "-n", str(ranks), sys.executable, script, *own_words(script, env_id, steps, 1, "", folder)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         rows = pd.read_csv(Path(folder) / "x/x_s0/progress.txt", sep="\t")
     first, last = rows.iloc[0], rows.iloc[-1]
     return (last["TotalEnvInteracts"] - first["TotalEnvInteracts"]) / (last["Time"] - first["Time"])
 
 
-def peer_steps_per_sec(script, env_id, steps, threads):
-    """Speed of the peer of `script` in a process of its own, after a warm-up."""
-    package, name = PEERS[script]
-    program = PEER_PROGRAM.format(
-        package=package,
-        name=name,
-        env_id=env_id,
-        threads=threads,
-        steps=steps - 500,
-        warm_up=500 if script in OFF_POLICY else 2048,
-        options=PEER_OPTIONS.get(script, ""),
-    )
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    return float(done.stdout.split()[-1])
+def peer_speeds(script, label, env_id, steps, threads):
+    """Speeds of a peer of `script`, after a warm-up."""
+    package, name = PEERS[script][label]
+    warm_up, options = (500 if script in OFF_POLICY else 2048), PEER_OPTIONS.get(script, "")
+    values = dict(package=package, name=name, env_id=env_id, threads=threads, warm_up=warm_up, options=options)
+    return speeds(PEER_PROGRAM.format(steps=steps - 500, **values), threads)
 
 
 def main(args):
     silence_environments()
     torch.set_num_threads(1)
-    missing = {package for package, _ in PEERS.values() if args.peers and not importlib.util.find_spec(package)}
+    packages = {package for peers in PEERS.values() for package, _ in peers.values()}
+    missing = {package for package in packages if args.peers and not importlib.util.find_spec(package)}
     for package in sorted(missing):
-        print(f"left out, not installed: {package}; pip install {package.replace('_', '-')}", file=sys.stderr)
+        print(f"left out, not installed: {package}", file=sys.stderr)
     if args.ranks and not shutil.which("mpirun"):
         print("left out, MPI, as there is no mpirun; pip install mpich", file=sys.stderr)
         args.ranks = ()
-    speeds, rates = {}, []
+    measured, rates = {}, []
 
-    def measure(key, speed):
-        speeds.setdefault(key, []).append(speed)
-        print(f"{' '.join(map(str, key))}: {speed:,.0f}", file=sys.stderr, flush=True)
+    def measure(key, values):
+        measured.setdefault(key, []).append(values)
+        print(f"{' '.join(map(str, key))}: {', '.join(f'{value:,.0f}' for value in values)}", file=sys.stderr, flush=True)
 
     for _ in range(args.repeats):
-        measure(("bare env.step", "", 1), bare_steps_per_sec(args.env_id))
+        measure(("bare env.step", "", 1), [bare_steps_per_sec(args.env_id)])
         rates.append(matrix_rate(256))
         for script in args.scripts:
             steps = args.off_policy_steps if script in OFF_POLICY else args.on_policy_steps
             for threads in args.torch_threads:
-                common = (script, args.env_id, steps, threads)
-                if args.peers and script in PEERS and PEERS[script][0] not in missing:
-                    measure((script, "peer", threads), peer_steps_per_sec(*common))
+                common = (args.env_id, steps, threads)
+                for label, (package, _) in PEERS.get(script, {}).items() if args.peers else ():
+                    if package not in missing:
+                        measure((script, label, threads), peer_speeds(script, label, *common))
                 if script in PEERS_SETTINGS:
-                    measure((script, "peers' settings", threads), script_steps_per_sec(*common, PEERS_SETTINGS[script]))
-                measure((script, "own defaults", threads), script_steps_per_sec(*common, ""))
+                    measure((script, "peers' settings", threads), script_speeds(script, *common, PEERS_SETTINGS[script]))
+                measure((script, "own defaults", threads), script_speeds(script, *common, ""))
             for ranks in args.ranks:
-                speed = script_steps_per_sec(script, args.env_id, steps, 1, "", ranks)
-                measure((script, "mpirun", ranks), speed)
+                measure((script, "mpirun", ranks), [mpi_speed(script, args.env_id, steps, ranks)])
 
-    median = {key: np.median(values) for key, values in speeds.items()}
-    bare, rate = median["bare env.step", "", 1], np.median(rates)
+    median = {key: np.median(values, axis=0) for key, values in measured.items()}
+    bare, rate = median["bare env.step", "", 1][0], np.median(rates)
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "gymnasium", "mujoco"))
-    print(f"{args.env_id}, medians of {args.repeats}, {versions}; bare env.step {bare:,.0f}/s, float32 {rate / 1e9:.0f} GFLOP/s")
-    print(f"{'':9}{'settings':17}{'threads':>8}{'steps/s':>9}{'of bare':>9}{'peer':>8}{'ratio':>7}{'of floor':>10}   each")
+    limits = f"bare env.step {bare:,.0f}/s, float32 {rate / 1e9:.0f} GFLOP/s"
+    print(f"{args.env_id}, medians of {args.repeats}, {versions}; {limits}")
+    head = f"{'':9}{'settings':17}{'threads':>8}{'steps/s':>9}{'per CPU s':>11}{'of bare':>9}"
+    print(f"{head}{'fastest peer':>14}{'ratio':>7}{'of floor':>10}")
     env = gym.make(args.env_id)
     dims = env.observation_space.shape[0], env.action_space.shape[0]
     for (script, settings, threads), speed in median.items():
-        if settings in ("", "peer", "mpirun"):
+        if settings in ("", "mpirun"):
             continue
-        peer = median.get((script, "peer", threads)) if settings == "peers' settings" else None
-        against = f"{peer:8,.0f}{speed / peer:7.2f}" if peer else f"{'':15}"
-        floor = ""
-        if script in OFF_POLICY and settings == "peers' settings" and threads == 1:
-            floor = f"{speed * update_operations(script, *dims, 256) / rate:.2f}"
-        each = ", ".join(f"{v:,.0f}" for v in speeds[script, settings, threads])
-        print(f"{script:9}{settings:17}{threads:8}{speed:9,.0f}{speed / bare:9.3f}{against}{floor:>10}   {each}")
+        line = f"{script:9}{settings:17}{threads:8}{speed[0]:9,.0f}{speed[1]:11,.0f}{speed[0] / bare:9.3f}"
+        keys = {label: (script, label, threads) for label in PEERS.get(script, {})}
+        peers = {median[key][0]: label for label, key in keys.items() if key in median}
+        if settings == "peers' settings" and peers:
+            line += f"{peers[max(peers)]:>14}{speed[0] / max(peers):7.2f}"
+            if script in OFF_POLICY and threads == 1:
+                line += f"{speed[0] * update_operations(script, *dims, 256) / rate:10.2f}"
+        print(line)
     if args.ranks:
         print(f"\nmpirun -n, {os.cpu_count()} cores: steps/s, and times that of -n {args.ranks[0]}")
         print(f"{'':9}" + "".join(f"{ranks:16}" for ranks in args.ranks))
     for script in args.scripts if args.ranks else ():
-        speed = [median[script, "mpirun", ranks] for ranks in args.ranks]
+        speed = [median[script, "mpirun", ranks][0] for ranks in args.ranks]
         print(f"{script:9}" + "".join(f"{v:10,.0f}{f'({v / speed[0]:.2f})':>6}" for v in speed))
 
 

@@ -22,9 +22,20 @@ import ddpg
 from benchmark import mujoco
 from benchmark.mujoco import Args as BenchmarkArgs
 from benchmark.mujoco import planned
-from benchmark.report import Args, interquartile_mean, interval, load_cells, main, ratio, score_table, study, summary_table, write
+from benchmark.report import (
+    Args,
+    interquartile_mean,
+    interval,
+    load_cells,
+    main,
+    ratio,
+    score_table,
+    study,
+    summary_table,
+    write,
+)
 from utils.evaluate import load_policy
-from utils.mpi import RunError
+from utils.process import RunError
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from benchmark import sweep
 from benchmark.report import Args as ReportArgs
 from benchmark.report import load_cells, number
 from utils.args import cli
-from utils.mpi import RunError
+from utils.process import RunError
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SCRIPTS = {f"{script.__name__}.py": script for script in ON_POLICY + OFF_POLICY}

@@ -20,7 +20,7 @@ from conftest import OFF_POLICY, ON_POLICY, ROOT, run, small, small_off_policy
 from utils import evaluate
 from utils.envs import make_env
 from utils.evaluate import Camera, film, load_policy, play
-from utils.mpi import RunError
+from utils.process import RunError
 
 
 @pytest.fixture(scope="module")

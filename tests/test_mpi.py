@@ -243,7 +243,7 @@ mpi.check_equal(layer)
 layer.bias.data.fill_(mpi.rank())
 try:
     mpi.check_equal(layer)
-except mpi.RunError:
+except RuntimeError:
     pathlib.Path({str(tmp_path)!r}, f"{{mpi.rank()}}.differs").touch()
 """
     (tmp_path / "program.py").write_text(program)

@@ -20,7 +20,7 @@ import td3
 from utils import mpi
 from utils.envs import make_env
 from utils.logger import set_up
-from utils.mpi import RunError
+from utils.process import RunError
 
 LOW, HIGH = np.array([-1.0, 0.0], np.float32), np.array([3.0, 0.5], np.float32)
 HALF_WIDTH, MIDDLE = (HIGH - LOW) / 2, (HIGH + LOW) / 2

@@ -14,8 +14,8 @@ from conftest import ROOT, run
 from matplotlib import image, pyplot
 
 from utils import plot as plotting
-from utils.mpi import RunError
 from utils.plot import LOOKS, Args, average, curve, group_runs, load_runs, main, one_per_seed, plot
+from utils.process import RunError
 from utils.runs import Run
 
 

@@ -35,7 +35,7 @@ import vpg
 from utils import envs
 from utils.envs import make_env, say_once
 from utils.logger import Logger
-from utils.mpi import RunError
+from utils.process import RunError
 from utils.run_dir import same_code
 from utils.state import State, take
 

@@ -21,7 +21,7 @@ import ddpg
 from utils.args import Range, RunArgs
 from utils.check import check
 from utils.logger import set_up
-from utils.mpi import RunError
+from utils.process import RunError
 from utils.run_dir import RunDir, provenance
 
 ALL = pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY, ids=lambda script: script.__name__)

@@ -8,7 +8,7 @@ import pytest
 from conftest import run
 
 from benchmark.score import Args, compare, main
-from utils.mpi import RunError
+from utils.process import RunError
 
 
 def write(path, returns, **config):

@@ -18,7 +18,7 @@ from conftest import ROOT, rows, run
 from benchmark import pool
 from benchmark import sweep as module
 from benchmark.sweep import Args, main, parse, plan, sweep
-from utils.mpi import RunError
+from utils.process import RunError
 
 FAKE = '''
 import contextlib, itertools, json, os, pathlib, shutil, time

@@ -17,7 +17,7 @@ import ppo
 import td3
 from utils.args import cli
 from utils.check import check
-from utils.mpi import RunError
+from utils.process import RunError
 
 ALL = pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY, ids=lambda script: script.__name__)
 BOTH = pytest.mark.parametrize("script", [ppo, td3], ids=lambda script: script.__name__)  # a file of each family

@@ -13,7 +13,7 @@ from typing import Annotated, NamedTuple
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from utils.mpi import RunError
+from utils.process import RunError
 from utils.run_dir import read_config
 
 

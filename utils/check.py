@@ -13,8 +13,7 @@ import torch
 
 from utils import mpi
 from utils.args import Range, Total
-from utils.envs import silence_environments
-from utils.mpi import RunError, one_line, say
+from utils.process import RunError, one_line, say
 
 CAN = {gym.spaces.Discrete: "vpg.py, trpo.py and ppo.py can", gym.spaces.Box: "all scripts can"}
 CAN[None] = "no script here can; wrap it to Discrete or to a float Box of shape (n,)"
@@ -68,6 +67,17 @@ def _rules(hint, value):
         return [(value, rule) for rule in hint.__metadata__]
     values = value if isinstance(value, tuple) else [value] * (value is not None)
     return [pair for inner in typing.get_args(hint) for v in values for pair in _rules(inner, v)]
+
+
+def silence_environments():
+    """Drop two warnings that nobody here can mend: that v4 is out of date, and of an attribute in MuJoCo's models."""
+    gym.logger.min_level = gym.logger.ERROR
+    try:
+        import mujoco
+
+        mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(f"MuJoCo: {text}", file=sys.stderr))
+    except (ImportError, AttributeError):
+        pass  # not installed, or too old to warn
 
 
 def _check_env(args):

@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from utils.mpi import one_line, say
+from utils.process import one_line, say
 
 SECONDS_BETWEEN_LINES = 5
 

@@ -7,7 +7,7 @@ import zlib
 import gymnasium as gym
 import numpy as np
 
-from utils.mpi import RunError, say
+from utils.process import RunError, say
 from utils.state import state_functions
 
 MAX_ACTIONS = 100_000  # that are kept of an episode; a longer one begins anew with --resume
@@ -81,17 +81,6 @@ def _number(name, x):
 def make_env(env_id, max_ep_len=None, **options):
     """Gymnasium's environment as Episodes; `max_ep_len` takes the place of its own limit of steps in an episode."""
     return Episodes(gym.make(env_id, max_episode_steps=max_ep_len, disable_env_checker=True, **options))
-
-
-def silence_environments():
-    """Drop two warnings that nobody here can mend: that v4 is out of date, and of an attribute in MuJoCo's models."""
-    gym.logger.min_level = gym.logger.ERROR
-    try:
-        import mujoco
-
-        mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(f"MuJoCo: {text}", file=sys.stderr))
-    except (ImportError, AttributeError):
-        pass  # not installed, or too old to warn
 
 
 def check_finite(step, **arrays):

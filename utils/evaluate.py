@@ -27,10 +27,10 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg, create_mutex_group
 
 from utils.args import AtLeast0, AtLeast1
-from utils.check import check_ranges
-from utils.envs import check_finite, make_env, silence_environments
+from utils.check import check_ranges, silence_environments
+from utils.envs import check_finite, make_env
 from utils.film import Camera, follow
-from utils.mpi import RunError, one_line
+from utils.process import RunError, one_line
 from utils.run_dir import read_config, same_code
 
 ROOT = Path(__file__).resolve().parent.parent

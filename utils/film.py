@@ -9,7 +9,7 @@ import imageio.v2 as imageio
 import numpy as np
 from PIL import Image
 
-from utils.mpi import RunError, one_line
+from utils.process import RunError, one_line
 
 FILMS = {".mp4": (50, 480, 30), ".gif": (25, 240, 10)}  # at most: frames a second, pixels a side, seconds
 

@@ -9,9 +9,7 @@ with Logger(args, __file__) as logger:
 import math
 import os
 import shlex
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -21,23 +19,19 @@ import torch
 from utils import mpi
 from utils.check import check
 from utils.display import Display
-from utils.mpi import RunError, say
+from utils.process import Interrupted, RunError, Signals, abort, refuse_other_launchers, say
 from utils.run_dir import RunDir
 from utils.state import State
 
 
 def set_up(args):
     """Refuse what cannot work, give torch its threads, and seed. Returns a generator that draws the environments' seeds."""
-    mpi.refuse_other_launchers()
+    refuse_other_launchers()
     check(args)
     torch.set_num_threads(args.torch_threads)
     # Adam's averages of dead units' gradients decay to numbers below 1e-38, with which some processors are much slower
     torch.set_flush_denormal(True)
     return mpi.seed_everything(args.seed)
-
-
-class Interrupted(SystemExit):
-    """A signal, after the checkpoint; ends the program with status 128 + its number."""
 
 
 class Logger:
@@ -55,7 +49,7 @@ class Logger:
         name = ["-m", ".".join(path.relative_to(root).with_suffix("").parts)] if in_folder else [os.path.relpath(script)]
         self.command = ["mpirun", "-n", str(mpi.size())] * (mpi.size() > 1) + ["python", *name]
         self.dir, self.stored, self.display, self.ac = self.run.path, {}, None, None
-        self.signals, self.handlers, self.at_once, self.epoch, self.last_steps = [], {}, False, 0, 0
+        self.signals, self.epoch, self.last_steps = Signals(), 0, 0
         self.start = self.last_time = time.monotonic()
 
     def epochs(self, count, **state):
@@ -149,39 +143,24 @@ class Logger:
 
     def stop_if_told(self, save=True):
         """Stop the run, on all ranks, if one has got a signal."""
-        signum = max(mpi.gather(max(self.signals, default=0)))
+        signum = max(mpi.gather(max(self.signals.got, default=0)))
         if signum:
             if save:
                 self.save()
             raise Interrupted(128 + signum)
 
-    def _signal(self, signum, frame):
-        if signum in self.signals and time.monotonic() > self.told + 1:  # a terminal that closes may send it twice
-            self.at_once = True
-            raise Interrupted(128 + signum)
-        self.signals.append(int(signum))
-        self.told = time.monotonic()
-        if mpi.rank() == 0:
-            say(f"{signal.Signals(signum).name}: writing a checkpoint as soon as possible (again: stop at once, without one)")
-
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for signum in (getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)):
-                if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:  # as nohup wants it
-                    self.handlers[signum] = signal.signal(signum, self._signal)
+        self.signals.__enter__()
         return self
 
     def __exit__(self, kind, error, trace):
         """End the display, the files and the W&B run; and all ranks, if this one is leaving early."""
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler or signal.SIG_DFL)
+        self.signals.__exit__()
         if self.display:
             self.display.close()
         self.run.close(failed=kind is not None)
         if kind and self.run.saves and mpi.rank() == 0:
             hint = f"to go on: {shlex.join([*self.command, '--resume', str(self.dir)])}"
             error.add_note(hint) if issubclass(kind, Exception) else say(hint)  # after the traceback
-        if kind is SystemExit or self.at_once:  # which never reach sys.excepthook
-            if mpi.size() > 1:
-                say(f"[rank {mpi.rank()}] exits: {error}", sys.stderr)
-            mpi.abort()
+        if kind is SystemExit or self.signals.at_once:  # which never reach sys.excepthook
+            abort(f"exits: {error}")

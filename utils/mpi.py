@@ -2,103 +2,17 @@
 
     mpirun -n 4 python ppo.py
 
-mpi4py is imported only under a launcher, so a plain `python ppo.py` needs no MPI at all.
 `average`, `average_gradients`, `broadcast`, `check_equal` and `gather` are collective: all ranks have to call them.
 """
 
-import ctypes
-import os
 import random
-import signal
-import sys
-import time
-import traceback
 
 import numpy as np
 import torch
 
+from utils import process
 
-class RunError(RuntimeError):
-    """What the user can mend, or has to know: shown as one line, without a traceback."""
-
-
-def one_line(error):
-    """The text of an error, however many lines it has, for a message."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 300 else text[:300] + " ..."
-
-
-def say(text, file=None):
-    """Print a line, as long as somebody can read it: a pipe may be closed, a disk full, a terminal gone."""
-    file = file or sys.stdout
-    try:
-        encoding = getattr(file, "encoding", None) or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # also for what others print there until the end
-        if file is sys.stdout:
-            say(f"the output cannot be written any more ({error.strerror}); the run goes on without it", sys.stderr)
-
-
-def _launched():
-    """How many processes MPI's launcher has started; 1 in a process that a rank has started for itself."""
-    env = os.environ
-    try:
-        "PMI_FD" in env and os.fstat(int(env["PMI_FD"]))
-    except OSError:  # MPICH's line to the launcher is the rank's alone
-        return 1
-    return max(int(env.get(name, 1)) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
-
-
-def refuse_other_launchers():
-    """Raise RunError in a process of a launcher that is not MPI's: each would do the same run."""
-    name, variable = ("torchrun", "WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else ("srun", "SLURM_STEP_NUM_TASKS")
-    n = int(os.environ.get(variable, 1))
-    if size() == 1 and n > 1:
-        own = f"for a run of its own in each task, unset {variable}"
-        raise RunError(f"{name} has started {n} processes that know nothing of each other: take mpirun -n {n}; {own}")
-
-
-def _connect():
-    """The communicator of all ranks, or None in a single process."""
-    launched = _launched()
-    if launched == 1:
-        return None
-    if sys.platform == "linux":  # die with the launcher, which may end without ending its ranks
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise SystemExit(f"error: launched as {launched} MPI processes, but mpi4py cannot be imported: {error}") from error
-    if MPI.COMM_WORLD.Get_size() != launched:
-        raise SystemExit(
-            f"error: the launcher started {launched} processes, but mpi4py sees {MPI.COMM_WORLD.Get_size()}: mpirun and "
-            "mpi4py belong to different MPI libraries (`which mpirun` should name one inside this Python environment)"
-        )
-    return MPI.COMM_WORLD
-
-
-def _excepthook(kind, error, trace):
-    """Print the error and end all ranks, which would otherwise wait for this one forever."""
-    if isinstance(error, RunError):
-        if rank() > 0:
-            time.sleep(1)  # most such errors hit every rank: leave the printing to rank 0, whose abort ends this wait
-        text = "\n".join([f"error: {error}", *getattr(error, "__notes__", [])])
-    else:
-        text = "".join(traceback.format_exception(kind, error, trace)).rstrip()  # with its notes
-    say(f"[rank {rank()}] {text}" if _comm else text, sys.stderr)
-    abort()
-
-
-def abort():
-    """End all ranks now, if there are several."""
-    if _comm:
-        time.sleep(0.2)  # until the launcher has passed on what was printed: at the abort it drops the rest
-        _comm.Abort(1)
-
-
-_comm = _connect()
-sys.excepthook = _excepthook
+_comm = process.comm
 
 
 def rank():
@@ -145,7 +59,7 @@ def check_equal(module):
         return
     digests = _comm.allgather([float(tensor.double().sum()).hex() for tensor in module.state_dict().values()])
     if any(digest != digests[0] for digest in digests):
-        raise RunError("the ranks' parameters differ: something that steers the training is not averaged over the ranks")
+        raise process.RunError("the ranks' parameters differ: something that steers the training is not averaged over the ranks")
 
 
 def gather(x):

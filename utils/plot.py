@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from tyro.conf import Positional, arg
 
-from utils.mpi import RunError, one_line
+from utils.process import RunError, one_line
 from utils.runs import group_runs, load_runs, one_per_seed
 
 AXIS_LABELS = dict(TotalEnvInteracts="Environment steps", Time="Time (s)", Performance="Average return")

@@ -23,7 +23,7 @@ import torch
 
 from utils import mpi
 from utils.display import Tracker
-from utils.mpi import RunError, one_line, say
+from utils.process import RunError, one_line, say
 from utils.state import random_states, set_random_states
 
 
@@ -69,7 +69,7 @@ def read_rows(path):
 
 
 def same_code(run_dir, script):
-    """Whether `script` has the syntax tree of the run's copy of it, which no other code has gone on with. True without a copy."""
+    """Whether `script` has the syntax tree of the run's copy, and no other code went on with the run; or there is no copy."""
     copy = pathlib.Path(run_dir) / pathlib.Path(script).name
     if not copy.exists():
         return True
@@ -89,10 +89,9 @@ def provenance(script):
         commit += "-dirty" * bool(subprocess.run([*git, "status", "--porcelain", "--", ":/*.py"], **options).stdout)
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    names = [name for name in ("torch", "numpy", "gymnasium", "mujoco") if name in sys.modules]
-    versions = dict(python=platform.python_version()) | {name: metadata.version(name) for name in names}
-    script, command = pathlib.Path(script).name, shlex.join(sys.argv)
-    return dict(script=script, command=command, ranks=mpi.size(), versions=versions, git_commit=commit)
+    versions = {name: metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco") if name in sys.modules}
+    run = dict(script=pathlib.Path(script).name, command=shlex.join(sys.argv), ranks=mpi.size(), git_commit=commit)
+    return run | dict(versions=dict(python=platform.python_version()) | versions)
 
 
 def make_run_dir(args, exp_name):
@@ -187,10 +186,10 @@ class RunDir:
                 torch.save({name: tensor.cpu() for name, tensor in module.state_dict().items()}, file)
         checksum = zlib.crc32(self._table(self.columns, self.rows))
         info = info | dict(rows=(len(self.rows), self.columns, checksum), random=random_states())
-        self.saves += 1
-        with writing(self.path / f"checkpoint/{self.saves}_rank{mpi.rank()}.ckpt") as file:
+        with writing(self.path / f"checkpoint/{self.saves + 1}_rank{mpi.rank()}.ckpt") as file:
             state.write(file, info)
         mpi.average(0.0)  # waits for all ranks
+        self.saves += 1
         self._delete_other_checkpoints()
 
     def _delete_other_checkpoints(self):
@@ -203,11 +202,11 @@ class RunDir:
         if mpi.rank() == 0:
             self._lock()
         mpi.average(0.0)  # waits for all ranks
-        refused, folder = f"--resume {self.path}: ", self.path / "checkpoint"
-        numbers = {path.name.partition("_")[0] for path in folder.glob("*_rank0.ckpt")}
-        complete = [int(n) for n in numbers if all((folder / f"{n}_rank{rank}.ckpt").exists() for rank in range(mpi.size()))]
+        folder = self.path / "checkpoint"
+        numbers = [int(path.name.partition("_")[0]) for path in folder.glob("[0-9]*_rank0.ckpt")]
+        complete = [n for n in numbers if all((folder / f"{n}_rank{rank}.ckpt").exists() for rank in range(mpi.size()))]
         if not complete:
-            raise RunError(f"{refused}{folder} holds no checkpoint; start a new run")
+            raise RunError(f"--resume {self.path}: {folder} holds no checkpoint; start a new run")
         self.saves = max(complete)
         path = folder / f"{self.saves}_rank{mpi.rank()}.ckpt"
         try:
@@ -215,12 +214,12 @@ class RunDir:
                 info = state.read(file, self.longer)
                 count, self.columns, checksum = info["rows"]
         except Exception as error:  # whatever a broken or foreign file brings about
-            raise RunError(f"{refused}cannot use {path}: {one_line(error)}; start a new run") from error
+            raise RunError(f"--resume {self.path}: cannot use {path}: {one_line(error)}; start a new run") from error
         if mpi.rank() == 0:
             self.rows = read_rows(self.path / "progress.txt")[:count]
             text = self._table(self.columns, self.rows)
             if zlib.crc32(text) != checksum:
-                raise RunError(f"{refused}progress.txt is not that of the checkpoint: it lacks rows, or was edited")
+                raise RunError(f"--resume {self.path}: progress.txt is not that of the checkpoint; it lacks rows or was edited")
             self.write("progress.txt", text if count else b"")  # rows after the checkpoint will come again
         mpi.average(0.0)  # not before the rows are found good
         self._delete_other_checkpoints()  # a half one, of which this run would come to write the other half
@@ -237,5 +236,5 @@ class RunDir:
             shutil.rmtree(self.path, ignore_errors=True)
             with contextlib.suppress(OSError):
                 self.path.parent.rmdir()
-        if self.lock is not None:
+        if self.lock:
             os.close(self.lock)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from utils.args import RunArgs
-from utils.mpi import RunError, one_line
+from utils.process import RunError, one_line
 
 ASIDE = {field.name for field in fields(RunArgs)}  # with the next lines, what may differ between the runs of an experiment
 ASIDE |= {"seed", "command", "versions", "git_commit", "resumed", "wandb_id"}

@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from utils.mpi import RunError, one_line
+from utils.process import RunError, one_line
 
 CONTAINERS = (list, tuple, dict, set, frozenset, bytearray, complex, int, float, str, torch.Size)
 CONTAINERS += (collections.deque, collections.OrderedDict, collections.defaultdict, collections.Counter)
