@@ -64,7 +64,7 @@ def _flag(name):
 def _rules(hint, value):
     """Pairs of a value and a rule in its type, which may be `X | None` or tuple[X, ...] too."""
     if typing.get_origin(hint) is typing.Annotated:
-        return [(value, rule) for rule in hint.__metadata__]
+        return [(value, rule) for rule in hint.__metadata__] + _rules(hint.__origin__, value)
     values = value if isinstance(value, tuple) else [value] * (value is not None)
     return [pair for inner in typing.get_args(hint) for v in values for pair in _rules(inner, v)]
 
