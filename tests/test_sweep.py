@@ -105,7 +105,9 @@ def start(command):
     program += "runpy.run_module('benchmark.sweep', run_name='__main__', alter_sys=True)"
     env = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1")
     words = [sys.executable, "-c", program, *shlex.split(command)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    heard = dict(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # should the tests run under nohup
+    return subprocess.Popen(words, **options, **heard)
 
 
 def written(path):

@@ -38,6 +38,7 @@ def start(script, *options, **popen):
     """A long run in a process of its own, once its first checkpoint is there."""
     env = os.environ | dict(OMP_NUM_THREADS="1")
     command = [sys.executable, ROOT / script, *map(str, options)]
+    popen = dict(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)) | popen  # should the tests run under nohup
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **popen)
     folder = pathlib.Path(options[options.index("--data-dir") + 1])
     deadline = time.monotonic() + 100
