@@ -29,7 +29,7 @@ from utils.logger import Logger, set_up
 
 @dataclass
 class Args(RunArgs):
-    action_spaces: ClassVar = (Box,)
+    action_spaces: ClassVar = (Box,)  # that the policy can handle
     env_id: str = "HalfCheetah-v4"  # a Gymnasium environment with flat observations and bounded continuous actions
     seed: AtLeast0 = 0  # seed of the networks, environments, noise and minibatches
     total_steps: AtLeast1 = 1_000_000  # environment steps in all, rounded up to whole epochs

@@ -224,8 +224,11 @@ def test_a_shorter_run(tmp_path, stop, capsys):
     with pytest.raises(SystemExit):
         td3.train(tiny(td3, tmp_path / "cut"))
     cut = run_dir(tmp_path / "cut")
+    before = (cut / "progress.txt").read_bytes() + b"half a row"
+    (cut / "progress.txt").write_bytes(before)
     with pytest.raises(RunError, match="--total-steps 100: the run has done 120 already"):
         td3.train(td3.Args(resume=str(cut), total_steps=100))
+    assert (cut / "progress.txt").read_bytes() == before  # refused before anything is written
     td3.train(td3.Args(resume=str(cut), total_steps=360))
     assert same(cut, run_dir(tmp_path / "whole"))
     before = rows(cut)

@@ -143,6 +143,8 @@ class RunDir:
         self.write("config.json", (json.dumps(self.config, indent=2) + "\n").encode())
         if self.args.resume is None:
             self.write(self.script.name, self.code)
+        elif self.rows:  # those after the checkpoint will come again
+            self.write("progress.txt", self._table(self.columns, self.rows))
 
     def _lock(self):
         """Keep other processes from resuming this run; the lock ends with `close` or with the process."""
@@ -217,10 +219,8 @@ class RunDir:
             raise RunError(f"--resume {self.path}: cannot use {path}: {one_line(error)}; start a new run") from error
         if mpi.rank() == 0:
             self.rows = read_rows(self.path / "progress.txt")[:count]
-            text = self._table(self.columns, self.rows)
-            if zlib.crc32(text) != checksum:
+            if zlib.crc32(self._table(self.columns, self.rows)) != checksum:
                 raise RunError(f"--resume {self.path}: progress.txt is not that of the checkpoint; it lacks rows or was edited")
-            self.write("progress.txt", text if count else b"")  # rows after the checkpoint will come again
         mpi.average(0.0)  # not before the rows are found good
         self._delete_other_checkpoints()  # a half one, of which this run would come to write the other half
         set_random_states(info["random"])
