@@ -14,6 +14,7 @@ The noise of the acting policy is Gaussian, as in arXiv:1802.09477, not an Ornst
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from utils import mpi
 from utils.args import AtLeast0, AtLeast1, EnvsOfRanks, Fraction, NonNegative, Positive, RunArgs, TotalOfEnvs, TotalOfRanks, cli
 from utils.envs import check_finite, make_env
 from utils.logger import Logger, set_up
+from utils.optim import Adam
 
 
 @dataclass
@@ -102,9 +104,9 @@ class ReplayBuffer:
 
     def sample(self, batch_size, device):
         """A Batch of transitions, drawn uniformly with replacement."""
-        at = torch.randint(min(self.stored, len(self.obs)), (batch_size,))
+        at = torch.randint(min(self.stored, len(self.obs)), (batch_size,)).numpy()
         arrays = (self.obs, self.act, self.rew, self.next_obs, self.terminated)
-        return Batch(*(torch.from_numpy(array)[at].to(device) for array in arrays))
+        return Batch(*(torch.from_numpy(array.take(at, 0)).to(device) for array in arrays))
 
 
 def mlp(sizes, activation):
@@ -144,7 +146,7 @@ class ActorCritic(nn.Module):
 
     def __init__(self, obs_space, act_space, args):
         super().__init__()
-        activation = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}[args.activation]
+        activation = {"tanh": nn.Tanh, "relu": partial(nn.ReLU, inplace=True), "elu": nn.ELU}[args.activation]
         sizes = (obs_space.shape[0], act_space.shape[0], args.hidden_sizes, activation)
         self.pi, self.q = Actor(*sizes), Critic(*sizes)
         self.act_noise, self.device = args.act_noise, torch.device(args.device)
@@ -239,8 +241,8 @@ def train(args):
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
     ac_targ = copy.deepcopy(ac).requires_grad_(False)
-    pi_optimizer = torch.optim.Adam(ac.pi.parameters(), lr=args.pi_lr, fused=True)
-    q_optimizer = torch.optim.Adam(ac.q.parameters(), lr=args.q_lr, fused=True)
+    pi_optimizer = Adam(ac.pi.parameters(), lr=args.pi_lr)
+    q_optimizer = Adam(ac.q.parameters(), lr=args.q_lr)
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
     buffer = ReplayBuffer(envs, min(args.replay_size, epochs * args.steps_per_epoch) // ranks, seeds)
     test_env = make_env(args.env_id, args.max_ep_len)

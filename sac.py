@@ -16,6 +16,7 @@ Actions are scaled so that each dimension's bounds are -1 and 1: policy, critics
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ from utils import mpi
 from utils.args import AtLeast0, AtLeast1, EnvsOfRanks, Fraction, Positive, RunArgs, TotalOfEnvs, TotalOfRanks, cli
 from utils.envs import check_finite, make_env
 from utils.logger import Logger, set_up
+from utils.optim import Adam
 
 
 @dataclass
@@ -106,9 +108,9 @@ class ReplayBuffer:
 
     def sample(self, batch_size, device):
         """A Batch of transitions, drawn uniformly with replacement."""
-        at = torch.randint(min(self.stored, len(self.obs)), (batch_size,))
+        at = torch.randint(min(self.stored, len(self.obs)), (batch_size,)).numpy()
         arrays = (self.obs, self.act, self.rew, self.next_obs, self.terminated)
-        return Batch(*(torch.from_numpy(array)[at].to(device) for array in arrays))
+        return Batch(*(torch.from_numpy(array.take(at, 0)).to(device) for array in arrays))
 
 
 def mlp(sizes, activation):
@@ -149,7 +151,7 @@ class ActorCritic(nn.Module):
 
     def __init__(self, obs_space, act_space, args):
         super().__init__()
-        activation = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}[args.activation]
+        activation = {"tanh": nn.Tanh, "relu": partial(nn.ReLU, inplace=True), "elu": nn.ELU}[args.activation]
         sizes = (obs_space.shape[0], act_space.shape[0], args.hidden_sizes, activation)
         self.pi, self.q = Actor(*sizes), nn.ModuleList([Critic(*sizes), Critic(*sizes)])
         self.log_alpha = nn.Parameter(torch.tensor(float(args.alpha)).log(), requires_grad=args.autotune)
@@ -271,9 +273,9 @@ def train(args):
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
     q_targ = copy.deepcopy(ac.q).requires_grad_(False)
-    pi_optimizer = torch.optim.Adam(ac.pi.parameters(), lr=args.pi_lr, fused=True)
-    q_optimizer = torch.optim.Adam(ac.q.parameters(), lr=args.q_lr, fused=True)
-    alpha_optimizer = torch.optim.Adam([ac.log_alpha], lr=args.pi_lr, fused=True)  # idle without --autotune
+    pi_optimizer = Adam(ac.pi.parameters(), lr=args.pi_lr)
+    q_optimizer = Adam(ac.q.parameters(), lr=args.q_lr)
+    alpha_optimizer = Adam([ac.log_alpha], lr=args.pi_lr)  # idle without --autotune
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
     buffer = ReplayBuffer(envs, min(args.replay_size, epochs * args.steps_per_epoch) // ranks, seeds)
     test_env = make_env(args.env_id, args.max_ep_len)

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete
 from torch import nn
-from torch.distributions import Categorical, Independent, Normal, kl_divergence
+from torch.distributions import Categorical
 from torch.nn.utils import parameters_to_vector
 
 from utils import mpi
 from utils.args import AtLeast0, AtLeast1, Fraction, LogStd, NonNegative, Positive, RunArgs, TotalOfEnvs, TotalOfRanks, cli
 from utils.envs import check_finite, make_env
 from utils.logger import Logger, set_up
+from utils.optim import Adam
 
 
 @dataclass
@@ -154,6 +155,30 @@ def mlp(sizes, activation, out_gain):
     return nn.Sequential(*layers)
 
 
+class Gaussian(NamedTuple):
+    """N(mean, std^2) in each of act_dim dimensions. torch.distributions takes much longer to say the same."""
+
+    mean: torch.Tensor  # (..., act_dim)
+    std: torch.Tensor  # (act_dim,)
+
+    @property
+    def mode(self):
+        return self.mean
+
+    def sample(self):
+        """-> actions (..., act_dim)"""
+        return self.mean + self.std * torch.randn_like(self.mean)
+
+    def log_prob(self, act):
+        """act (..., act_dim) -> log N(act) (...) = -sum ((act - mean) / std)^2 / 2 - sum log (std sqrt(2 pi))"""
+        z = (act - self.mean) / self.std
+        return -z.square().sum(-1) / 2 - (self.std.log() + math.log(2 * math.pi) / 2).sum()
+
+    def entropy(self):
+        """-> (...): sum log (std sqrt(2 pi e))"""
+        return (self.std.log() + math.log(2 * math.pi * math.e) / 2).sum().expand(self.mean.shape[:-1])
+
+
 class Actor(nn.Module):
     """pi(act|obs): a Categorical over Discrete actions; over a Box, a Gaussian whose standard deviations do not depend on obs."""
 
@@ -171,7 +196,7 @@ class Actor(nn.Module):
         """obs (..., obs_dim) -> a distribution whose log_prob and entropy are (...)"""
         if self.discrete:
             return Categorical(logits=self.net(obs), validate_args=False)
-        return Independent(Normal(self.net(obs), self.log_std.exp(), validate_args=False), 1, validate_args=False)
+        return Gaussian(self.net(obs), self.log_std.exp())
 
 
 class Critic(nn.Module):
@@ -237,10 +262,10 @@ def gae(rew, val, next_val, terminated, done, gamma, lam):  # all (T, N)
     of the batch, the value of the observation that really came next stands for the rest of the return.
     """
     delta = rew + gamma * (1 - terminated) * next_val - val
-    adv, carry = delta.cpu().numpy(), (gamma * lam * (1 - done)).cpu().numpy()  # NumPy takes such small steps fastest
+    adv, carry = delta.tolist(), (gamma * lam * (1 - done)).tolist()  # plain numbers are the fastest for such small steps
     for t in reversed(range(len(adv) - 1)):
-        adv[t] += carry[t] * adv[t + 1]
-    return torch.as_tensor(adv, device=rew.device)
+        adv[t] = [a + c * next_a for a, c, next_a in zip(adv[t], carry[t], adv[t + 1], strict=True)]
+    return rew.new_tensor(adv)
 
 
 @torch.no_grad()
@@ -265,6 +290,14 @@ def value_loss(val, ret):  # of one shape, normalised
     """mean (V(obs) - ret)^2"""
     assert val.shape == ret.shape  # (B,) minus (B, 1) would silently be (B, B)
     return (val - ret).square().mean()
+
+
+def kl_divergence(p, q):
+    """KL(p | q) (...) of two Categoricals or of two Gaussians"""
+    if isinstance(p, Categorical):
+        return torch.distributions.kl_divergence(p, q)
+    z, ratio = (p.mean - q.mean) / q.std, p.std / q.std
+    return (ratio.square() + z.square() - 1).sum(-1) / 2 - ratio.log().sum()
 
 
 def flat_grad(output, params, **options):
@@ -372,7 +405,7 @@ def train(args):
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(args.num_envs // mpi.size())]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
-    optimizer = torch.optim.Adam(ac.v.parameters(), args.vf_lr, eps=1e-5, fused=True)  # eps of OpenAI Baselines
+    optimizer = Adam(ac.v.parameters(), args.vf_lr, eps=1e-5)  # eps of OpenAI Baselines
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
     buffer = Buffer(envs, args.steps_per_epoch // args.num_envs, seeds)
 
