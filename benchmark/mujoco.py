@@ -6,8 +6,8 @@
     python -m benchmark.report                                                      # tables and figures
 
 Each finished run leaves its curve (<run>.csv) and its configuration (<run>.json) in --results, or for a study in
-benchmark/studies/<suite>. The trained policies of VPG, TRPO and PPO, whose files have no tests, are tested here as the other
-three files test theirs: 10 episodes without noise.
+benchmark/studies/<suite>. VPG, TRPO and PPO, whose files have no tests, keep a model every 10 epochs, which is tested here as
+the other three files test theirs, without noise: 5 episodes each, and 10 of the last.
 
 Started again after an interruption, the benchmark goes on where it was: runs whose curve is there with the same arguments
 are left out, runs that are finished in --data-dir are kept, and unfinished ones are resumed from their checkpoint. Runs of
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 import tyro
 
 from benchmark import score
@@ -78,6 +79,7 @@ def planned(args):
     for script in args.scripts:
         seeds = args.seeds if args.seeds is not None else range(2 if Path(script).name in OFF_POLICY else 5)
         grid = {"env-id": list(args.env_ids), "total-steps": [str(args.total_steps)], "seed": [str(seed) for seed in seeds]}
+        grid |= {} if Path(script).name in OFF_POLICY else {"keep-checkpoints": ["True"]}
         runs += plan(SweepArgs((script,), **sweep_args), grid)
     return sorted(runs, key=lambda run: run.seed)
 
@@ -99,14 +101,18 @@ def is_kept(run, folder):
 
 
 def test(run, run_dir):
-    """Note in the last row of a Run (of benchmark.score) the mean return of 10 deterministic episodes of its policy."""
+    """Note in the rows of a Run (of benchmark.score) the mean return of deterministic episodes of the models kept there: 5, and
+    10 of the last."""
     try:
         env, act = load_policy(run_dir)
-        rets = [ret for ret, _ in play(env, act, 10, deterministic=True)]
+        rets = {len(run.rows) - 1: [ret for ret, _ in play(env, act, 10, deterministic=True)]}
+        for path in run_dir.glob("model_*.pt"):
+            act.module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+            rets.setdefault(int(path.stem.removeprefix("model_")), [ret for ret, _ in play(env, act, 5, deterministic=True)])
     except RunError as error:
         print(f"not tested, {error}", file=sys.stderr)
         return
-    run.rows.loc[run.rows.index[-1], "test_ret"] = np.mean(rets).round(1)
+    run.rows["test_ret"] = run.rows.index.map({epoch: np.mean(of_epoch).round(1) for epoch, of_epoch in rets.items()})
     env.close()
 
 

@@ -59,10 +59,18 @@ class Experiment:
         points = pd.DataFrame({seed: ret.rolling(window, 1).mean() for seed, ret in rets.items()})
         return points.iloc[min(window, *map(len, rets.values())) - 1 :]
 
+    def tests(self):
+        """Such a DataFrame of the tests without noise. On-policy the models that were kept; empty if fewer than 5."""
+        if self.config.get("num_test_episodes"):
+            return self.curves()
+        rets = {seed: run.rows.set_index("steps").get("test_ret", pd.Series()) for seed, run in sorted(self.runs.items())}
+        points = pd.DataFrame(rets).dropna()
+        return points if len(points) >= 5 else points[:0]
+
 
 def load(*paths):
     """The runs below `paths`, with rows steps, ret (NaN where blank), steps_per_sec, and where the benchmark has tested the
-    trained policy of an on-policy run, test_ret, NaN but in the last row. Says on stderr which have no returns."""
+    models of an on-policy run, test_ret, NaN where there was none. Says on stderr which have no returns."""
     runs = []
     for run in load_runs(paths):
         ret = "AverageTestEpRet" if run.config.get("num_test_episodes") else "AverageEpRet"

@@ -39,10 +39,10 @@ def average_gradients(parameters):
     """Replace each parameter's gradient by its mean over the ranks; stands between `backward()` and `step()`."""
     if _comm is None:
         return
-    grads = [p.grad for p in parameters if p.grad is not None]
-    means = average(torch.cat([grad.flatten() for grad in grads]))
-    for grad, mean in zip(grads, means.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(mean.view_as(grad))
+    parameters = [p for p in parameters if p.grad is not None]
+    means = average(torch.cat([p.grad.flatten() for p in parameters]))
+    for p, mean in zip(parameters, means.split([p.numel() for p in parameters]), strict=True):
+        p.grad = mean.view_as(p)
 
 
 def broadcast(module):
