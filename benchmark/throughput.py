@@ -13,11 +13,12 @@ first allocations. It is given in steps per second of wall time, and per second 
 `peers' settings` are the networks, batches and updates per step of stable-baselines3's defaults, but networks of (256, 256)
 for DDPG and TD3; `own defaults` are the script's. The floor of an update is the time that its matrix products alone take at
 the machine's float32 rate, measured on products of the update's own shapes. The last table is of the same run, at the script's
-defaults, by 1, 2, 4 ranks.
+defaults, by 1, 2, 4 ranks, and on-policy with a default batch for each rank, which is another algorithm.
 """
 
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
@@ -153,10 +154,17 @@ def script_speeds(script, env_id, steps, threads, options):
         return speeds(OWN_PROGRAM.format(module=Path(script).stem, words=words), threads)
 
 
-def mpi_speed(script, env_id, steps, ranks):
-    """Steps per second of wall time of `script`, at its defaults, as so many ranks under mpirun, not pinned."""
+def batch_per_rank(script, ranks):
+    """Options that give each rank the work of a single process: `ranks` times the default environments and batches."""
+    Args = importlib.import_module(Path(script).stem).Args
+    sizes = [name for name in ("num_envs", "steps_per_epoch", "minibatch_size") if hasattr(Args, name)]
+    return " ".join(f"--{name.replace('_', '-')} {ranks * getattr(Args, name)}" for name in sizes)
+
+
+def mpi_speed(script, env_id, steps, ranks, options=""):
+    """Steps per second of wall time of `script` as so many ranks under mpirun, not pinned."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["mpirun", "-n", str(ranks), sys.executable, script, *own_words(script, env_id, steps, 1, "", folder)]
+        command = ["mpirun", "-n", str(ranks), sys.executable, script, *own_words(script, env_id, steps, 1, options, folder)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         rows = pd.read_csv(Path(folder) / "x/x_s0/progress.txt", sep="\t")
     first, last = rows.iloc[0], rows.iloc[-1]
@@ -202,6 +210,9 @@ def main(args):
                 measure((script, "own defaults", threads), script_speeds(script, *common, ""))
             for ranks in args.ranks:
                 measure((script, "mpirun", ranks), [mpi_speed(script, args.env_id, steps, ranks)])
+                if script in ON_POLICY:
+                    options = batch_per_rank(script, ranks)
+                    measure((script, "a batch each", ranks), [mpi_speed(script, args.env_id, steps, ranks, options)])
 
     median = {key: np.median(values, axis=0) for key, values in measured.items()}
     bare, rate = median["bare env.step", "", 1][0], np.median(rates)
@@ -213,7 +224,7 @@ def main(args):
     env = gym.make(args.env_id)
     dims = env.observation_space.shape[0], env.action_space.shape[0]
     for (script, settings, threads), speed in median.items():
-        if settings in ("", "mpirun"):
+        if settings in ("", "mpirun", "a batch each"):
             continue
         line = f"{script:9}{settings:17}{threads:8}{speed[0]:9,.0f}{speed[1]:11,.0f}{speed[0] / bare:9.3f}"
         keys = {label: (script, label, threads) for label in PEERS.get(script, {})}
@@ -224,11 +235,12 @@ def main(args):
                 line += f"{speed[0] * update_operations(script, *dims, 256) / rate:10.2f}"
         print(line)
     if args.ranks:
-        print(f"\nmpirun -n, {os.cpu_count()} cores: steps/s, and times that of -n {args.ranks[0]}")
-        print(f"{'':9}" + "".join(f"{ranks:16}" for ranks in args.ranks))
-    for script in args.scripts if args.ranks else ():
-        speed = [median[script, "mpirun", ranks][0] for ranks in args.ranks]
-        print(f"{script:9}" + "".join(f"{v:10,.0f}{f'({v / speed[0]:.2f})':>6}" for v in speed))
+        print(f"\nmpirun -n, {os.cpu_count()} cores: steps/s, and times that of -n {args.ranks[0]}; at the script's defaults,")
+        print(f"and with the default batch and environments for each rank\n{'':22}" + "".join(f"{r:16}" for r in args.ranks))
+    for script, kind in itertools.product(args.scripts if args.ranks else (), ("mpirun", "a batch each")):
+        if (script, kind, args.ranks[0]) in median:
+            speed = [median[script, kind, ranks][0] for ranks in args.ranks]
+            print(f"{script:9}{kind:13}" + "".join(f"{v:10,.0f}{f'({v / speed[0]:.2f})':>6}" for v in speed))
 
 
 if __name__ == "__main__":
