@@ -228,7 +228,7 @@ def gradient_step(optimizer, loss):
     optimizer.step()
 
 
-def update(ac, q_targ, pi_optimizer, q_optimizer, alpha_optimizer, batch, args):
+def update(ac, q_targ, pi_optimizer, q_optimizer, batch, args):
     """One step of the critics, the actor, alpha and the targets. Returns what to log."""
     alpha = ac.log_alpha.exp().detach()
     with torch.no_grad():
@@ -243,9 +243,8 @@ def update(ac, q_targ, pi_optimizer, q_optimizer, alpha_optimizer, batch, args):
     mu, log_std = ac.pi(batch.obs)
     act, logp = squashed_gaussian(mu, log_std, torch.randn_like(mu))
     loss_pi = policy_loss(*(q(batch.obs, act) for q in ac.q), logp, alpha)
-    gradient_step(pi_optimizer, loss_pi)
-    if args.autotune:
-        gradient_step(alpha_optimizer, alpha_loss(ac.log_alpha, logp.detach(), act.shape[-1]))
+    loss_alpha = alpha_loss(ac.log_alpha, logp.detach(), act.shape[-1]) if args.autotune else 0
+    gradient_step(pi_optimizer, loss_pi + loss_alpha)  # they share no parameters: neither has a gradient by the other's
     polyak_average(ac.q, q_targ, args.polyak)
     losses = dict(LossQ=loss_q.item(), LossPi=loss_pi.item(), LogPi=logp.mean().item(), Alpha=alpha.item())
     return dict(Q1Vals=q1.tolist(), Q2Vals=q2.tolist(), **losses)
@@ -273,15 +272,14 @@ def train(args):
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
     q_targ = copy.deepcopy(ac.q).requires_grad_(False)
-    pi_optimizer = Adam(ac.pi.parameters(), lr=args.pi_lr)
+    pi_optimizer = Adam([p for p in (*ac.pi.parameters(), ac.log_alpha) if p.requires_grad], lr=args.pi_lr)
     q_optimizer = Adam(ac.q.parameters(), lr=args.q_lr)
-    alpha_optimizer = Adam([ac.log_alpha], lr=args.pi_lr)  # idle without --autotune
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
     buffer = ReplayBuffer(envs, min(args.replay_size, epochs * args.steps_per_epoch) // ranks, seeds)
     test_env = make_env(args.env_id, args.max_ep_len)
     test_env.reset(seed=int(seeds.integers(2**31)))
 
-    state = dict(ac=ac, q_targ=q_targ, pi_optimizer=pi_optimizer, q_optimizer=q_optimizer, alpha_optimizer=alpha_optimizer)
+    state = dict(ac=ac, q_targ=q_targ, pi_optimizer=pi_optimizer, q_optimizer=q_optimizer)
     with Logger(args, __file__) as logger:
         for epoch in logger.epochs(epochs, **state, buffer=buffer, test_env=test_env):  # all that --resume restores
             epoch_end = (epoch + 1) * args.steps_per_epoch
@@ -291,7 +289,7 @@ def train(args):
                 if buffer.steps >= args.update_after:
                     for _ in range(start, buffer.steps):  # as many updates as steps
                         batch = buffer.sample(args.batch_size // ranks, ac.device)
-                        metrics |= update(ac, q_targ, pi_optimizer, q_optimizer, alpha_optimizer, batch, args)
+                        metrics |= update(ac, q_targ, pi_optimizer, q_optimizer, batch, args)
                 # metrics of the last update
                 logger.store(EpRet=ep_rets, EpLen=ep_lens, TotalEnvInteracts=buffer.steps, **metrics)
             test_rets, test_lens = test(ac, test_env, args.num_test_episodes)

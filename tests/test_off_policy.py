@@ -98,9 +98,10 @@ class Learner:
         self.targ = copy.deepcopy(self.ac.q if script is sac else self.ac).requires_grad_(False)
         for p in self.targ.parameters():
             p.add_(0.3 * torch.randn_like(p))
-        self.optimizers = [torch.optim.SGD(self.ac.pi.parameters(), pi_lr), torch.optim.SGD(self.ac.q.parameters(), q_lr)]
-        if script is sac:
-            self.optimizers.append(torch.optim.SGD([self.ac.log_alpha], alpha_lr))
+        groups = [{"params": self.ac.pi.parameters(), "lr": pi_lr}]
+        if changes.get("autotune"):
+            groups.append({"params": [self.ac.log_alpha], "lr": alpha_lr})
+        self.optimizers = [torch.optim.SGD(groups), torch.optim.SGD(self.ac.q.parameters(), q_lr)]
         obs, act, next_obs = (torch.randn(16, n, dtype=torch.float64) for n in (3, 2, 3))
         terminated = (torch.arange(16) % 3 == 0).double()
         self.batch = script.Batch(3 * obs, act.tanh(), torch.randn(16).double(), 3 * next_obs, terminated)
@@ -225,7 +226,8 @@ def test_learning_rates(script, tmp_path, monkeypatch):
         return update(ac, *rest)
 
     monkeypatch.setattr(script, "update", spy)
-    ac = script.train(small_off_policy(script, tmp_path, total_steps=120, pi_lr=2e-3, q_lr=3e-3))
+    options = dict(autotune=True) if script is sac else {}
+    ac = script.train(small_off_policy(script, tmp_path, total_steps=120, pi_lr=2e-3, q_lr=3e-3, **options))
     assert rates == {name: 3e-3 if name.startswith("q") else 2e-3 for name, _ in ac.named_parameters()}
 
 
@@ -246,7 +248,7 @@ def test_each_step_leaves_the_other_networks_and_their_gradients_alone(script, m
     monkeypatch.setattr(script, "gradient_step", spy)
     for _ in range(3):
         learner.update()
-    assert sorted(set(steps)) == (["log_alpha", "pi", "q"] if script is sac else ["pi", "q"])
+    assert sorted(set(steps)) == (["log_alpha", "q"] if script is sac else ["pi", "q"])  # alpha steps with the policy
     assert all(p.grad is None for p in learner.targ.parameters())
 
 
