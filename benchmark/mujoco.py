@@ -28,11 +28,11 @@ import torch
 import tyro
 
 from benchmark import score
-from benchmark.pool import available_cores, execute, interruptible
+from benchmark.pool import execute, interruptible
 from benchmark.sweep import Args as SweepArgs
 from benchmark.sweep import plan
 from utils.evaluate import load_policy, play
-from utils.process import RunError
+from utils.process import RunError, available_cores
 from utils.runs import ASIDE
 
 ON_POLICY = ("vpg.py", "trpo.py", "ppo.py")

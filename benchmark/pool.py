@@ -181,11 +181,6 @@ def execute(runs, workers, ended=lambda run: None):
     say(f"finished: {len(runs) - len(failed)}, failed: {len(failed)}")
 
 
-def available_cores():
-    """Cores that this process may use: of a cluster's node those allotted to it, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextlib.contextmanager
 def interruptible(*command):
     """Lets the signals that would end this process raise KeyboardInterrupt, and prints the words of the command to go on."""

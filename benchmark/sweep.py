@@ -30,12 +30,12 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from benchmark.pool import Run, available_cores, execute, interruptible, steps_done
+from benchmark.pool import Run, execute, interruptible, steps_done
 from utils import mpi
 from utils.args import AtLeast1, cli
 from utils.check import check, check_ranges
 from utils.evaluate import ROOT, import_script
-from utils.process import RunError, say
+from utils.process import RunError, available_cores, say
 from utils.run_dir import read_config, read_rows, same_code
 
 MAY_DIFFER = ("exp_name", "data_dir", "resume")  # between two attempts at the same run

@@ -18,6 +18,7 @@ import torch
 from conftest import OFF_POLICY, ON_POLICY, ROOT, Count, rows, run, small, small_off_policy
 
 import ddpg
+from utils import logger, mpi
 from utils.args import Range, RunArgs
 from utils.check import check
 from utils.logger import set_up
@@ -530,3 +531,15 @@ def test_a_commit_is_dirty_if_python_files_differ_from_it(tmp_path):
     script.write_text("# changed")
     assert provenance(script)["git_commit"] == commit + "-dirty"
     assert provenance(curve)["git_commit"] == commit + "-dirty"  # from any folder of the repository
+
+
+@pytest.mark.parametrize("cores, ranks, asked, threads", [(8, 1, 5, 5), (1, 1, 2, 1), (4, 2, 2, 2), (3, 2, 2, 1), (1, 2, 2, 1)])
+def test_threads_are_no_more_than_the_cores_of_each_rank(monkeypatch, cores, ranks, asked, threads):
+    monkeypatch.setattr(logger, "available_cores", lambda: cores)
+    monkeypatch.setattr(mpi, "size", lambda: ranks)
+    args, before = ddpg.Args(torch_threads=asked), torch.get_num_threads()
+    try:
+        set_up(args)
+        assert args.torch_threads == torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

@@ -19,7 +19,7 @@ import torch
 from utils import mpi
 from utils.check import check
 from utils.display import Display
-from utils.process import Interrupted, RunError, Signals, abort, refuse_other_launchers, say
+from utils.process import Interrupted, RunError, Signals, abort, available_cores, refuse_other_launchers, say
 from utils.run_dir import RunDir
 from utils.state import State
 
@@ -28,6 +28,7 @@ def set_up(args):
     """Refuse what cannot work, give torch its threads, and seed. Returns a generator that draws the environments' seeds."""
     refuse_other_launchers()
     check(args)
+    args.torch_threads = min(args.torch_threads, max(1, available_cores() // mpi.size()))  # config.json says how many it were
     torch.set_num_threads(args.torch_threads)
     # Adam's averages of dead units' gradients decay to numbers below 1e-38, with which some processors are much slower
     torch.set_flush_denormal(True)

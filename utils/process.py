@@ -124,3 +124,8 @@ class Signals:
     def __exit__(self, *error):
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler or signal.SIG_DFL)
+
+
+def available_cores():
+    """Cores that this process may use: of a cluster's node those allotted to it, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
