@@ -297,7 +297,7 @@ def kl_divergence(p, q):
     if isinstance(p, Categorical):
         return torch.distributions.kl_divergence(p, q)
     z, ratio = (p.mean - q.mean) / q.std, p.std / q.std
-    return (ratio.square() + z.square() - 1).sum(-1) / 2 - ratio.log().sum()
+    return z.square().sum(-1) / 2 + ((ratio.square() - 1) / 2 - ratio.log()).sum()
 
 
 def flat_grad(output, params, **options):

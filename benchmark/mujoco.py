@@ -102,18 +102,20 @@ def is_kept(run, folder):
 
 def test(run, run_dir):
     """Note in the rows of a Run (of benchmark.score) the mean return of deterministic episodes of the models kept there: 5, and
-    10 of the last."""
+    10 of the last. All begin in the same states."""
+    last, rets = run.rows.index[-1], {}
     try:
         env, act = load_policy(run_dir)
-        rets = {len(run.rows) - 1: [ret for ret, _ in play(env, act, 10, deterministic=True)]}
-        for path in run_dir.glob("model_*.pt"):
-            act.module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-            rets.setdefault(int(path.stem.removeprefix("model_")), [ret for ret, _ in play(env, act, 5, deterministic=True)])
+        rets[last] = [ret for ret, _ in play(env, act, 10, deterministic=True)]
+        for epoch in {int(path.stem.removeprefix("model_")) for path in run_dir.glob("model_*.pt")} - {last}:
+            another, act = load_policy(run_dir, epoch)
+            another.close()
+            rets[epoch] = [ret for ret, _ in play(env, act, 5, deterministic=True)]
+        env.close()
     except RunError as error:
         print(f"not tested, {error}", file=sys.stderr)
-        return
-    run.rows["test_ret"] = run.rows.index.map({epoch: np.mean(of_epoch).round(1) for epoch, of_epoch in rets.items()})
-    env.close()
+    if rets:
+        run.rows["test_ret"] = run.rows.index.map({epoch: np.mean(of_epoch).round(1) for epoch, of_epoch in rets.items()})
 
 
 def main(args):
@@ -127,6 +129,7 @@ def main(args):
                     test(finished, run.run_dir)
                 score.save(finished, folder, str(run))
 
+    torch.set_num_threads(1)
     runs = planned(args)
     for run in runs:
         if is_kept(run, folder) and not run.outdated and not run.resumes:

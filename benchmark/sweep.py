@@ -38,7 +38,7 @@ from utils.evaluate import ROOT, import_script
 from utils.process import RunError, available_cores, say
 from utils.run_dir import read_config, read_rows, same_code
 
-MAY_DIFFER = ("exp_name", "data_dir", "resume")  # between two attempts at the same run
+MAY_DIFFER = ("exp_name", "data_dir", "resume", "torch_threads")  # between two attempts at the same run
 
 
 @dataclass

@@ -210,7 +210,7 @@ def main(args):
                 measure((script, "own defaults", threads), script_speeds(script, *common, ""))
             for ranks in args.ranks:
                 measure((script, "mpirun", ranks), [mpi_speed(script, args.env_id, steps, ranks)])
-                if script in ON_POLICY:
+                if script in ON_POLICY and ranks > 1:
                     options = batch_per_rank(script, ranks)
                     measure((script, "a batch each", ranks), [mpi_speed(script, args.env_id, steps, ranks, options)])
 
@@ -238,8 +238,8 @@ def main(args):
         print(f"\nmpirun -n, {os.cpu_count()} cores: steps/s, and times that of -n {args.ranks[0]}; at the script's defaults,")
         print(f"and with the default batch and environments for each rank\n{'':22}" + "".join(f"{r:16}" for r in args.ranks))
     for script, kind in itertools.product(args.scripts if args.ranks else (), ("mpirun", "a batch each")):
-        if (script, kind, args.ranks[0]) in median:
-            speed = [median[script, kind, ranks][0] for ranks in args.ranks]
+        speed = [median.get((script, kind, r), median[script, "mpirun", r])[0] for r in args.ranks]
+        if kind == "mpirun" or script in ON_POLICY:
             print(f"{script:9}{kind:13}" + "".join(f"{v:10,.0f}{f'({v / speed[0]:.2f})':>6}" for v in speed))
 
 

@@ -519,7 +519,7 @@ def test_natural_step_goes_along_the_natural_gradient_and_has_length_delta():
     step = torch.cat([p.detach().flatten() for p in params]) - old
     assert torch.cosine_similarity(step, torch.linalg.solve(matrix, g), dim=0) > 0.999
     exact = exact_kl(pi_old, ac.pi(batch.obs)).item()
-    assert backtracks == 0 and kl == pytest.approx(exact, rel=0.01) and exact == pytest.approx(1e-5, rel=0.1)
+    assert backtracks == 0 and kl == pytest.approx(exact, rel=2e-3) and exact == pytest.approx(1e-5, rel=0.1)
 
 
 @pytest.mark.parametrize("delta, backtracks", [(1e-3, 0), (0.05, 0), (3.0, None)])

@@ -28,8 +28,7 @@ def set_up(args):
     """Refuse what cannot work, give torch its threads, and seed. Returns a generator that draws the environments' seeds."""
     refuse_other_launchers()
     check(args)
-    args.torch_threads = min(args.torch_threads, max(1, available_cores() // mpi.size()))  # config.json says how many it were
-    torch.set_num_threads(args.torch_threads)
+    torch.set_num_threads(min(args.torch_threads, max(1, available_cores() // mpi.size())))
     # Adam's averages of dead units' gradients decay to numbers below 1e-38, with which some processors are much slower
     torch.set_flush_denormal(True)
     return mpi.seed_everything(args.seed)

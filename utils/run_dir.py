@@ -91,7 +91,7 @@ def provenance(script):
         commit = None
     versions = {name: metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco") if name in sys.modules}
     run = dict(script=pathlib.Path(script).name, command=shlex.join(sys.argv), ranks=mpi.size(), git_commit=commit)
-    return run | dict(versions=dict(python=platform.python_version()) | versions)
+    return run | dict(threads=torch.get_num_threads(), versions=dict(python=platform.python_version()) | versions)
 
 
 def make_run_dir(args, exp_name):

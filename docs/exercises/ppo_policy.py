@@ -67,7 +67,7 @@ CASES = {
 def train(options):
     steps, goal = GOALS.get(options.train, (30_000, None))
     name = f"exercise_ppo_policy_{options.train}"
-    args = ppo.Args(env_id=options.train, total_steps=options.total_steps or steps, exp_name=name)
+    args = ppo.Args(env_id=options.train, total_steps=options.total_steps or steps, exp_name=name, init_log_std=-0.5)
     with patch.object(ppo, "Actor", ppo.Actor if options.use_soln else Actor):
         check.train(ppo, args, goal)
 
