@@ -156,7 +156,7 @@ def test_the_second_ddpg_is_mended_by_one_change(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name, env_id, steps", [
-    ("ppo_policy", "CartPole-v1", 2000), ("ppo_policy", "InvertedPendulum-v4", 2000), ("td3_update", "InvertedPendulum-v4", 1050), ("ddpg_two", "InvertedPendulum-v4", 1050),
+    ("ppo_policy", "CartPole-v1", 2000), ("td3_update", "InvertedPendulum-v4", 1050), ("ddpg_two", "InvertedPendulum-v4", 1050),
 ])  # fmt: skip
 def test_exercises_train(name, env_id, steps, capsys, monkeypatch, tmp_path):
     """For a short time, with a right answer and with ours: they write the same losses; the second DDPG does not."""
