@@ -1,12 +1,11 @@
 """Proximal Policy Optimization with the clipped objective (PPO). Schulman et al. 2017, arXiv:1707.06347.
 
-    L_pi = -mean min(ratio adv, clip(ratio, 1 - eps, 1 + eps) adv) - ent_coef mean entropy,
-            ratio = pi(act|obs) / pi_old(act|obs)
+    L_pi = -mean min(ratio adv, clip(ratio, 1 - eps, 1 + eps) adv),   ratio = pi(act|obs) / pi_old(act|obs)
     L_v  =  mean (V(obs) - ret)^2,   ret = adv + V(obs) of the critic before the pass over the batch
     adv  =  generalized advantage estimates (GAE), arXiv:1506.02438; in L_pi normalised to mean 0 and standard deviation 1
 
 Beyond the paper, after arXiv:2006.05990: normalised observations and value targets, small initial means of the actions,
-advantages computed anew for each pass over the batch, limited gradients, learning rates that fall to 0.
+advantages computed anew for each pass over the batch, learning rates that fall to 0.
 
     python ppo.py --env-id Walker2d-v4
     mpirun -n 4 python ppo.py --env-id Walker2d-v4
@@ -23,7 +22,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 from utils import mpi
-from utils.args import AtLeast0, AtLeast1, Fraction, LogStd, NonNegative, Positive, RunArgs, TotalOfEnvs, TotalOfRanks, cli
+from utils.args import AtLeast0, AtLeast1, Fraction, LogStd, Positive, RunArgs, TotalOfEnvs, TotalOfRanks, cli
 from utils.envs import check_finite, make_env
 from utils.logger import Logger, set_up
 from utils.optim import Adam
@@ -40,15 +39,13 @@ class Args(RunArgs):
     max_ep_len: AtLeast1 | None = None  # steps until an episode is truncated; default: the environment's own limit
     hidden_sizes: tuple[AtLeast1, ...] = (64, 64)  # widths of the hidden layers, of the actor and of the critic
     activation: Literal["tanh", "relu", "elu"] = "tanh"  # activation of the hidden layers
-    init_log_std: LogStd | None = None  # initial log standard deviation, where bounds are -1 and 1; None: -log sqrt(act_dim)
+    init_log_std: LogStd | None = -0.75  # initial log standard deviation, where bounds are -1 and 1; None: -log sqrt(act_dim)
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     gamma: Fraction = 0.99  # discount
     lam: Fraction = 0.95  # lambda of GAE
     pi_lr: Positive = 6e-4  # learning rate of the actor, falls linearly to 0
     vf_lr: Positive = 6e-4  # learning rate of the critic, falls linearly to 0
     clip_ratio: Positive = 0.2  # eps: a ratio further than this from 1 gains nothing more
-    ent_coef: NonNegative = 0.003  # coefficient of the entropy bonus
-    max_grad_norm: Positive = 0.5  # a longer gradient, of the actor or of the critic, is shortened to this
     train_iters: AtLeast1 = 10  # passes over a batch
     minibatch_size: TotalOfRanks = 200  # transitions in a gradient step, at most: the batch is split evenly
     target_kl: Positive = 0.1  # a safeguard: a pass that ends with KL(pi_old | pi) above 1.5 times this is the last one
@@ -325,14 +322,11 @@ def update(ac, optimizer, batch, args):
             adv, ret = advantages(ac, batch, args)  # anew for each pass, as the critic and its units have changed
         data = (batch.obs, batch.act, batch.logp, adv, ac.ret_stats.normalise(ret))
         for obs, act, logp_old, mb_adv, mb_ret in minibatches(args.minibatch_size // mpi.size(), *data):
-            pi = ac.pi(obs)
-            loss_pi = policy_loss(pi.log_prob(act), logp_old, mb_adv, args.clip_ratio) - args.ent_coef * pi.entropy().mean()
+            loss_pi = policy_loss(ac.pi(obs).log_prob(act), logp_old, mb_adv, args.clip_ratio)
             loss_v = value_loss(ac.v(obs), mb_ret)
             optimizer.zero_grad()
             (loss_pi + loss_v).backward()  # no coefficient: the two share no parameters, and each has its learning rate
             mpi.average_gradients(ac.parameters())
-            for net in ac.pi, ac.v:
-                nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
             optimizer.step()
         with torch.no_grad():
             kl = mpi.average(approx_kl(ac.pi(batch.obs).log_prob(batch.act), batch.logp))
