@@ -35,7 +35,6 @@ from utils.optim import Adam
 @dataclass
 class Args(RunArgs):
     action_spaces: ClassVar = (Box,)  # that the policy can handle
-    torch_threads: AtLeast1 = 2  # threads of torch in each process, no more than it has cores
     env_id: str = "HalfCheetah-v4"  # a Gymnasium environment with flat observations and bounded continuous actions
     seed: AtLeast0 = 0  # seed of the networks, environments, noise and minibatches
     total_steps: AtLeast1 = 1_000_000  # environment steps in all, rounded up to whole epochs
