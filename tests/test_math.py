@@ -540,7 +540,7 @@ def test_line_search_restores_the_parameters_when_nothing_helps():
 
 
 @pytest.mark.parametrize(
-    "name", "Batch Buffer RunningStats mlp Actor Critic ActorCritic gae advantages value_loss minibatches".split()
+    "name", "Batch Buffer RunningStats mlp Gaussian Actor Critic ActorCritic gae advantages value_loss minibatches".split()
 )
 def test_copies_are_one_text(name):
     assert len({inspect.getsource(getattr(script, name)) for script in ON_POLICY}) == 1

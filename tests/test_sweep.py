@@ -241,7 +241,8 @@ def test_at_most_so_many_workers(fake):
 
 
 def test_the_default_of_workers_is_the_cores_that_are_allotted():
-    program = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from benchmark import mujoco; from utils import process; "
+    program = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    program += "from benchmark import mujoco; from utils import process\n"
     done = run(sys.executable, "-c", program + "print(process.available_cores(), mujoco.Args().workers)", cwd=ROOT)
     assert done.stdout == "1 1\n", done.stderr
 
