@@ -152,8 +152,7 @@ class ActorCritic(nn.Module):
         self.act_noise, self.device = args.act_noise, torch.device(args.device)
         self.act_space = act_space
         low, high = act_space.low.astype(np.float32), act_space.high.astype(np.float32)
-        for name, value in dict(scale=(high - low) / 2, bias=(high + low) / 2).items():
-            self.register_buffer(name, torch.as_tensor(value), persistent=False)  # the environment has them
+        self.scale, self.bias = (high - low) / 2, (high + low) / 2
         self.to(self.device)
 
     @torch.no_grad()
@@ -164,7 +163,7 @@ class ActorCritic(nn.Module):
 
     def to_env(self, act):
         """Actions within -1 and 1: tensor (N, act_dim) -> what env.step takes: array (N, act_dim) within the bounds"""
-        act = (self.bias + self.scale * act.to(self.device)).cpu().numpy().astype(self.act_space.dtype)
+        act = (self.bias + self.scale * act.cpu().numpy()).astype(self.act_space.dtype)
         return act.clip(self.act_space.low, self.act_space.high)
 
     def act(self, obs, deterministic=False):

@@ -95,7 +95,7 @@ class Buffer:
             self.obs[t] = [env.obs for env in self.envs]
             check_finite(self.steps, observation=self.obs[t])
             act = ac.sample(self.obs[t])
-            self.act[t] = act.cpu()
+            self.act[t] = act.cpu().numpy()
             for i, (env, env_act) in enumerate(zip(self.envs, ac.to_env(act), strict=True)):
                 self.next_obs[t, i], self.rew[t, i], terminated, truncated, _ = env.step(env_act)
                 self.terminated[t, i], self.done[t, i] = terminated, terminated or truncated
@@ -117,12 +117,12 @@ class Buffer:
 
 
 class RunningStats(nn.Module):
-    """Mean and variance of all data so far, over all ranks. As buffers they are saved with the networks."""
+    """Mean and standard deviation of all data so far, over all ranks. As buffers they are saved with the networks."""
 
     def __init__(self, shape):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("std", torch.ones(shape))
         self.register_buffer("count", torch.zeros(()))
 
     @torch.no_grad()
@@ -132,15 +132,16 @@ class RunningStats(nn.Module):
         mean = mpi.average(x.mean((0, 1)))
         var = mpi.average((x - mean).square().mean((0, 1)))
         total, delta = self.count + n, mean - self.mean
-        self.var.copy_((self.count * self.var + n * var + delta.square() * self.count * n / total) / total)
+        var = (self.count * self.std.square() + n * var + delta.square() * self.count * n / total) / total
+        self.std.copy_(var.sqrt().clamp(min=1e-4))
         self.mean.add_(delta * n / total)
         self.count.copy_(total)
 
     def normalise(self, x):  # (..., *shape)
-        return (x - self.mean) / torch.sqrt(self.var + 1e-8)
+        return (x - self.mean) / self.std
 
     def denormalise(self, x):  # (..., *shape)
-        return self.mean + x * torch.sqrt(self.var + 1e-8)
+        return self.mean + x * self.std
 
 
 def mlp(sizes, activation, out_gain):
@@ -172,7 +173,7 @@ class Gaussian(NamedTuple):
     def log_prob(self, act):
         """act (..., act_dim) -> log N(act) (...) = -sum ((act - mean) / std)^2 / 2 - sum log (std sqrt(2 pi))"""
         z = (act - self.mean) / self.std
-        return -z.square().sum(-1) / 2 - (self.std.log() + math.log(2 * math.pi) / 2).sum()
+        return -0.5 * z.square().sum(-1) - (self.std.log() + math.log(2 * math.pi) / 2).sum()
 
     def entropy(self):
         """-> (...): sum log (std sqrt(2 pi e))"""
@@ -204,7 +205,7 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim, hidden_sizes, activation):
         super().__init__()
-        self.net = mlp([obs_dim, *hidden_sizes, 1], activation, out_gain=1.0)
+        self.net = mlp([obs_dim, *hidden_sizes, 1], activation, out_gain=0.0)  # the first returns are rewards alone
 
     def forward(self, obs):
         """obs (..., obs_dim) -> values (...)"""
@@ -223,15 +224,12 @@ class ActorCritic(nn.Module):
         self.norm_obs, self.device = args.norm_obs, torch.device(args.device)
         self.act_space = act_space
         if isinstance(act_space, Discrete):
-            scale, bias = 1, act_space.start
-        else:  # the policy's -1 and 1 are the bounds of each dimension that has two, not too far apart for float32
-            with np.errstate(over="ignore"):
-                low, high = act_space.low.astype(np.float32), act_space.high.astype(np.float32)
-                bounded = np.isfinite(high - low)
-            scale, bias = np.ones_like(low), np.zeros_like(low)
-            scale[bounded], bias[bounded] = (high[bounded] - low[bounded]) / 2, (high[bounded] + low[bounded]) / 2
-        for name, value in dict(scale=scale, bias=bias).items():
-            self.register_buffer(name, torch.as_tensor(value), persistent=False)  # the environment has them
+            self.scale, self.bias = 1, act_space.start
+        else:  # the policy's -1 and 1 are the bounds; a bound that is missing lies 2 from the other, or at -1 or 1
+            low, high = np.clip((act_space.low, act_space.high), -1e30, 1e30).astype(np.float32)
+            low = np.where(low > -1e30, low, np.where(high < 1e30, high - 2, -1))
+            high = np.where(high < 1e30, high, low + 2)
+            self.scale, self.bias = (high - low) / 2, (high + low) / 2
         self.to(self.device)
 
     def normalise(self, obs):
@@ -247,7 +245,7 @@ class ActorCritic(nn.Module):
 
     def to_env(self, act):
         """The policy's actions: tensor (N, ...) -> what env.step takes: array (N, ...), scaled and clipped to the bounds"""
-        act = (self.bias + self.scale * act).cpu().numpy().astype(self.act_space.dtype)
+        act = (self.bias + self.scale * act.cpu().numpy()).astype(self.act_space.dtype)
         return act if isinstance(self.act_space, Discrete) else act.clip(self.act_space.low, self.act_space.high)
 
     def act(self, obs, deterministic=False):
@@ -262,10 +260,11 @@ def gae(rew, val, next_val, terminated, done, gamma, lam):  # all (T, N)
     of the batch, the value of the observation that really came next stands for the rest of the return.
     """
     delta = rew + gamma * (1 - terminated) * next_val - val
-    adv, carry = delta.tolist(), (gamma * lam * (1 - done)).tolist()  # plain numbers are the fastest for such small steps
-    for t in reversed(range(len(adv) - 1)):
-        adv[t] = [a + c * next_a for a, c, next_a in zip(adv[t], carry[t], adv[t + 1], strict=True)]
-    return rew.new_tensor(adv)
+    adv, carry = delta.flatten().tolist(), (gamma * lam * (1 - done)).flatten().tolist()  # plain numbers are the fastest here
+    N = rew.shape[1]
+    for i in reversed(range(len(adv) - N)):  # i + N is the next step of the same environment
+        adv[i] += carry[i] * adv[i + N]
+    return rew.new_tensor(adv).view_as(rew)
 
 
 @torch.no_grad()

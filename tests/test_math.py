@@ -36,7 +36,7 @@ def make(script, env_id, num_envs, num_steps, max_ep_len=None, **changes):
 def returns(script, args, ac, batch):
     """Advantages and value targets of a critic that says V(obs) = 10 obs, with returns of mean 3 and standard deviation 2."""
     ac.ret_stats.mean.fill_(3)
-    ac.ret_stats.var.fill_(4)
+    ac.ret_stats.std.fill_(2)
     fake = SimpleNamespace(ret_stats=ac.ret_stats, v=lambda obs: (10 * obs.squeeze(-1) - 3) / 2)
     adv, ret = script.advantages(fake, batch, args)
     return adv, ret
@@ -143,13 +143,20 @@ def test_first_ratio_is_one_and_the_stored_action_is_unclipped(script):
 
 
 def test_actions_use_each_dimensions_own_bounds(script):
-    low, high = np.array([-0.4, 0.0, -np.inf], np.float32), np.array([0.4, 3.0, np.inf], np.float32)
-    obs_space = gym.spaces.Box(-1, 1, (2,))
-    ac = script.ActorCritic(obs_space, gym.spaces.Box(low, high), small(script, "unused"))
-    assert ac.to_env(torch.tensor([[0.5, 0.0, 7.0], [-9.0, -9.0, -9.0]])).tolist() == [
-        pytest.approx([0.2, 1.5, 7.0]),
-        pytest.approx([-0.4, 0.0, -9.0]),
-    ]
+    """A missing bound lies 2 from the other one, two missing ones at -1 and 1."""
+    low, high = np.array([-0.4, 0.0, -np.inf, 5.0, -np.inf]), np.array([0.4, 3.0, np.inf, np.inf, 5.0])
+    space = gym.spaces.Box(low.astype(np.float32), high.astype(np.float32))
+    ac = script.ActorCritic(gym.spaces.Box(-1, 1, (2,)), space, small(script, "unused"))
+    acts = ac.to_env(torch.tensor([[0.5, 0, 7, 0, 0], [-9, -9, -9, -9, -9], [9, 9, 9, 9, 9]]))
+    assert acts[0].tolist() == pytest.approx([0.2, 1.5, 7, 6, 4])
+    assert acts[1].tolist() == pytest.approx([-0.4, 0, -9, 5, -5])
+    assert acts[2].tolist() == pytest.approx([0.4, 3, 9, 15, 5])
+
+
+def test_untrained_critic_says_0(script):
+    """So that the first returns, which the statistics never forget, are made of rewards alone."""
+    ac = make(script, "Count-v0", 1, 5)[1]
+    assert not ac.v(torch.randn(10, 1)).any()
 
 
 def test_discrete_actions_begin_at_start(script):
@@ -193,21 +200,24 @@ def test_kl_divergence_is_that_of_torch_distributions():
 
 
 def test_adam_is_pytorchs():
-    """To the bit, also when the learning rate changes and the state has been saved and loaded."""
+    """To the bit, also when the learning rate changes, a group has no gradient, and the state has been saved and loaded."""
     torch.manual_seed(0)
-    ours, theirs = ([torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.zeros(4))] for _ in range(2))
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in ((3, 2), (2,), (4,))] for _ in range(2))
     pairs = [(ours, Adam), (theirs, partial(torch.optim.Adam, fused=True))]
-    optimizers = [make([{"params": p[:1], "lr": 0.1}, {"params": p[1:], "lr": 0.2}], eps=1e-5) for p, make in pairs]
+    optimizers = [make([{"params": p[:2], "lr": 0.1}, {"params": p[2:], "lr": 0.2}], eps=1e-5) for p, make in pairs]
     for step in range(6):
         if step == 3:
-            optimizers[0].load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
-        for p, p_torch in zip(ours, theirs, strict=True):
-            p.grad = p_torch.grad = torch.randn_like(p) if p.ndim == 2 or step % 2 else None
+            state = copy.deepcopy(optimizers[0].state_dict())
+            optimizers[0] = Adam([{"params": ours[:2]}, {"params": ours[2:]}])
+            optimizers[0].load_state_dict(state)
         for optimizer in optimizers:
+            optimizer.zero_grad()
             optimizer.param_groups[0]["lr"] *= 0.9
+        for p, p_torch in list(zip(ours, theirs, strict=True))[: 2 + step % 2]:
+            p.grad = p_torch.grad = torch.randn_like(p)
+        for optimizer in optimizers:
             optimizer.step()
         assert all(map(torch.equal, ours, theirs))
-    assert str(optimizers[0].state_dict()["state"]) == str(optimizers[1].state_dict()["state"])
 
 
 def test_gaussian_entropy(script):
@@ -228,7 +238,7 @@ def test_running_stats_are_those_of_all_the_data(script):
         stats.update(x)
     flat = data.reshape(-1, 3).double().numpy()
     assert stats.mean.numpy() == pytest.approx(flat.mean(0), rel=1e-4, abs=1e-4)
-    assert stats.var.numpy() == pytest.approx(flat.var(0), rel=1e-3)
+    assert stats.std.numpy() == pytest.approx(flat.std(0), rel=1e-3)
     x = torch.randn(4, 3)
     assert torch.allclose(stats.denormalise(stats.normalise(x)), x, atol=1e-3)
 
@@ -344,7 +354,7 @@ def test_diagnosis(script):
     with torch.no_grad():
         ac.pi.log_std += 0.2
         ac.ret_stats.mean.fill_(3)
-        ac.ret_stats.var.fill_(4)
+        ac.ret_stats.std.fill_(2)
         got, (adv, ret) = script.diagnose(ac, batch, args), script.advantages(ac, batch, args)
         val = 3 + 2 * ac.v(batch.obs)
         logp = torch.distributions.Normal(ac.pi.net(batch.obs), ac.pi.log_std.exp()).log_prob(batch.act).sum(-1)
