@@ -47,7 +47,7 @@ def evaluate(ac, env_id, episodes=10):
 
 @pytest.mark.parametrize(
     "script, env_id, steps, goal",
-    [*((script, "CartPole-v1", 30_000, 450) for script in ON_POLICY), (ON_POLICY[-1], "InvertedPendulum-v4", 60_000, 900)],
+    [*((script, "CartPole-v1", 40_000, 450) for script in ON_POLICY), (ON_POLICY[-1], "InvertedPendulum-v4", 60_000, 900)],
     ids=["vpg", "trpo", "ppo", "ppo-continuous"],
 )
 def test_learns(script, tmp_path, env_id, steps, goal):
