@@ -92,12 +92,13 @@ def same_arguments(config, args, but=()):
 
 
 def is_kept(run, folder):
-    """Whether the curve of a run with the same arguments is in `folder`."""
+    """Whether the curve of a run with the same arguments is in `folder`, with tests if the run's models are to be tested."""
     try:
         config = json.loads((folder / f"{run}.json").read_text())
     except (OSError, ValueError):
         return False
-    return same_arguments(config, run.args) and (folder / f"{run}.csv").exists()
+    tested = config.get("keep_checkpoints", False) >= run.args.keep_checkpoints
+    return tested and same_arguments(config, run.args) and (folder / f"{run}.csv").exists()
 
 
 def test(run, run_dir):

@@ -21,7 +21,7 @@ from conftest import ROOT, run
 import ddpg
 from benchmark import mujoco
 from benchmark.mujoco import Args as BenchmarkArgs
-from benchmark.mujoco import planned
+from benchmark.mujoco import is_kept, planned
 from benchmark.report import (
     Args,
     interquartile_mean,
@@ -96,7 +96,12 @@ def test_the_benchmark_makes_what_is_missing(tmp_path, capfd):
         copy.write("other = 'code'\n")
     args = BenchmarkArgs(scripts=("vpg.py",), env_ids=("InvertedPendulum-v4",), seeds=(0, 1), total_steps=4000)
     args.data_dir = str(tmp_path / "data")
-    assert [run.outdated for run in planned(args)] == [run_dir, None]
+    runs = planned(args)
+    assert [run.outdated for run in runs] == [run_dir, None]
+    assert is_kept(runs[0], tmp_path / "kept")
+    config = tmp_path / "kept" / files[1]
+    config.write_text(config.read_text().replace('"keep_checkpoints": true', '"keep_checkpoints": false'))
+    assert not is_kept(runs[0], tmp_path / "kept")  # a curve without tests is to be made anew
     assert f"{run_dir}: was made by other code" in capfd.readouterr().err
     assert benchmark(tmp_path, "--total-steps", 4000, "--seeds", 0) == 0 and run_dir.with_name(f"{run_dir.name}_1").is_dir()
 
