@@ -50,10 +50,11 @@ class Cell:
         if self.experiment:
             tests = self.experiment.tests()
             self.tested = not tests.empty
-            curves, rets = (tests, tests) if self.tested else (self.experiment.curves(), self.experiment.curves(window=1))
-            mean, self.seeds = curves.mean(axis=1, skipna=False), curves.shape[1]
-            self.steady = mean.rolling(5).mean().max()
-            self.at_best = curves.loc[mean.idxmax()].to_numpy()  # (seeds,): each seed's return where the mean is highest
+            self.curves = tests if self.tested else self.experiment.curves()
+            rets = tests if self.tested else self.experiment.curves(window=1)
+            self.mean, self.seeds = self.curves.mean(axis=1, skipna=False), self.curves.shape[1]
+            self.steady = self.mean.rolling(5).mean().max()
+            self.at_best = self.curves.loc[self.mean.idxmax()].to_numpy()  # (seeds,): returns where the mean is highest
             self.best, self.std = self.at_best.mean(), self.at_best.std()
             finals = rets[rets.index > 0.9 * rets.index[-1]].mean()
             self.final, self.final_std = finals.mean(), finals.std(ddof=0)
@@ -117,7 +118,8 @@ def interval(scores, resamples=2000):
 
 
 def learning_curves(families):
-    """The figure of all curves: a row for each family, a column for each environment; dashed, the best published."""
+    """The figure of all curves, those that are scored: a row for each family, a column for each environment; dashed, the best
+    published."""
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(11, 4.6), layout="constrained")
         axes = fig.subplots(len(families), len(ENV_IDS), squeeze=False)
@@ -128,7 +130,7 @@ def learning_curves(families):
             for ax, env_id in zip(row, ENV_IDS, strict=True):
                 there = [cell for cell in cells if cell.env_id == env_id and cell.experiment]
                 for cell in there:
-                    curves, color = cell.experiment.curves().dropna(), COLORS[algos.index(cell.algo)]
+                    curves, color = cell.curves.dropna(), COLORS[algos.index(cell.algo)]
                     x, mean, std = curves.index / 1e6, curves.mean(axis=1), curves.std(axis=1, ddof=0)
                     ax.plot(x, mean, color=color, label=cell.algo.upper())
                     ax.fill_between(x, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
@@ -138,7 +140,7 @@ def learning_curves(families):
                 if not there:
                     ax.text(0.5, 0.5, "missing", transform=ax.transAxes, ha="center", color="0.5")
                     ax.set(xticks=[], yticks=[])
-            row[0].set_ylabel(f"{family.capitalize()}: {'test' if family == 'off-policy' else 'training'} return")
+            row[0].set_ylabel(f"{family.capitalize()}: return")
             handles = {label: handle for ax in row for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
             if handles:
                 row[-1].legend(handles.values(), handles.keys(), frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -216,6 +218,19 @@ def cell_table(cells):
             rows.append([*name, 0, *[""] * 6, number(cell.published), cell.source, "missing"])
     points = ["best point", "in", "best 5", "final 10%", "in training", "trained"]
     return table(["", "environment", "seeds", *points, "best published", "by", "ratio"], rows)
+
+
+def time_table(cells, published):
+    """Lines of the table of when the seed-averaged curves reach the returns that CleanRL's documentation states."""
+    rows = []
+    for cell in cells:
+        theirs = published["source"].str.startswith("CleanRL") & (published["algo"] == cell.algo)
+        for row in published[theirs & (published["env"] == cell.env_id.split("-v")[0])].itertuples():
+            reached = cell.mean.index[cell.mean >= row.mean].min()  # NaN if it is not
+            speed = np.median([run.rows["steps_per_sec"].median() for run in cell.experiment.runs.values()])
+            ours = ["not reached", ""] if np.isnan(reached) else [f"{reached:,}", f"{reached / speed / 60:.1f}"]
+            rows.append([cell.algo.upper(), cell.env_id, number(row.mean), f"{row.steps:,}", *ours])
+    return table(["", "environment", "return", "their steps", "our steps", "minutes"], rows)
 
 
 def value_fits(args):
@@ -333,12 +348,21 @@ Best point / best published (ratio):
     lines += [
         """![Learning curves](curves.png)
 
-Means and standard deviations over the seeds; dashed, the best published.
+Means and standard deviations over the seeds, of tests where the tables say so, else of training; dashed, the best published.
 
 Interquartile mean, over all runs, of the return at the best point of its cell (an algorithm on an environment) divided by the best
 published; interval: bootstrap over each cell's seeds (arXiv:2108.13264), too narrow where a cell has one or two:
 """,
         *score_table(families),
+        "",
+    ]
+    lines += [
+        """## Time to a return
+
+When the seed-averaged curves reach the mean return that CleanRL's documentation states for the whole run of its script, and the
+minutes that this takes on one core, off-policy with tests:
+""",
+        *time_table(there, pd.read_csv(args.published)),
         "",
     ]
     for family, members in families.items():

@@ -54,14 +54,14 @@ def benchmark(tmp_path, *options):
 
 
 def test_the_benchmark_makes_what_is_missing(tmp_path, capfd):
-    options = ["--total-steps", 4000, "--seeds", 0, 1]
+    options = ["--total-steps", 2048, "--seeds", 0, 1]
     assert benchmark(tmp_path, *options) == 0
     files = sorted(path.name for path in (tmp_path / "kept").iterdir())
     assert files == [f"vpg_InvertedPendulum-v4_s{seed}.{kind}" for seed in (0, 1) for kind in ("csv", "json")]
     kept = {name: (tmp_path / "kept" / name).read_text() for name in files}
     assert kept[files[0]].splitlines()[0] == "steps,ret,steps_per_sec,test_ret"
     rows = [line.split(",") for line in kept[files[0]].splitlines()[1:]]
-    assert [row[0] for row in rows] == ["1000", "2000", "3000", "4000"]
+    assert [row[0] for row in rows] == ["512", "1024", "1536", "2048"]
     env, act = load_policy(tmp_path / "data/vpg_InvertedPendulum-v4/vpg_InvertedPendulum-v4_s0")
     returns = []
     for k in range(10):
@@ -89,12 +89,12 @@ def test_the_benchmark_makes_what_is_missing(tmp_path, capfd):
     rets = {name: [line.split(",")[:2] for line in text.splitlines()] for name, text in kept.items()}
     again = (tmp_path / "kept" / files[0]).read_text()
     assert [line.split(",")[:2] for line in again.splitlines()] == rets[files[0]]
-    assert benchmark(tmp_path, "--total-steps", 2000, "--seeds", 1) == 0  # other arguments are another run
+    assert benchmark(tmp_path, "--total-steps", 1024, "--seeds", 1) == 0  # other arguments are another run
 
     run_dir = tmp_path / "data/vpg_InvertedPendulum-v4/vpg_InvertedPendulum-v4_s0"
     with open(run_dir / "vpg.py", "a") as copy:
         copy.write("other = 'code'\n")
-    args = BenchmarkArgs(scripts=("vpg.py",), env_ids=("InvertedPendulum-v4",), seeds=(0, 1), total_steps=4000)
+    args = BenchmarkArgs(scripts=("vpg.py",), env_ids=("InvertedPendulum-v4",), seeds=(0, 1), total_steps=2048)
     args.data_dir = str(tmp_path / "data")
     runs = planned(args)
     assert [run.outdated for run in runs] == [run_dir, None]
@@ -103,7 +103,7 @@ def test_the_benchmark_makes_what_is_missing(tmp_path, capfd):
     config.write_text(config.read_text().replace('"keep_checkpoints": true', '"keep_checkpoints": false'))
     assert not is_kept(runs[0], tmp_path / "kept")  # a curve without tests is to be made anew
     assert f"{run_dir}: was made by other code" in capfd.readouterr().err
-    assert benchmark(tmp_path, "--total-steps", 4000, "--seeds", 0) == 0 and run_dir.with_name(f"{run_dir.name}_1").is_dir()
+    assert benchmark(tmp_path, "--total-steps", 2048, "--seeds", 0) == 0 and run_dir.with_name(f"{run_dir.name}_1").is_dir()
 
 
 def test_an_interrupted_benchmark_resumes_its_run(tmp_path):
@@ -169,6 +169,8 @@ ppo,Hopper,1000000,10,,B,
 ppo,Hopper,3000000,99,,C,longer
 ppo,Walker2d,1000000,4,,A,
 sac,Hopper,1000000,8,,A,
+sac,Hopper,1000000,3,,CleanRL documentation,
+ppo,Walker2d,8000000,9,,CleanRL documentation,
 """
 
 
@@ -297,6 +299,8 @@ def test_the_report_says_what_is_missing(results, capsys):
     hopper = "| PPO | Hopper-v4 | 2 | 25.0 ± 15.0 | training | 22.0 | 10.0 ± 10.0 |  | 33.0 ± 3.0 | 20.0 | A (read off a curve) | 1.25 |"
     assert hopper in text  # the mean of 25, 23.5, ... 19
     assert "| SAC | Hopper-v4 | 1 | 16.0 | tests | 6.4 | 5.0 |  | 5.0 | 8.0 | A | 2.00 |" in text  # (4 + 16 + 4 + 4 + 4) / 5
+    assert "| SAC | Hopper-v4 | 3.0 | 1,000,000 | 300,000 | 5000.0 |" in text  # one step a second
+    assert "| PPO | Walker2d-v4 | 9.0 | 8,000,000 | not reached |  |" in text
     assert (results / "results/curves.png").stat().st_size > 10_000
     assert "**0.50**" in capsys.readouterr().out
 
