@@ -6,8 +6,8 @@
     python -m benchmark.report                                                      # tables and figures
 
 Each finished run leaves its curve (<run>.csv) and its configuration (<run>.json) in --results, or for a study in
-benchmark/studies/<suite>. VPG, TRPO and PPO, whose files have no tests, keep a model every 10 epochs, which is tested here as
-the other three files test theirs, without noise: 5 episodes each, and 10 of the last.
+benchmark/studies/<suite>. VPG, TRPO and PPO, whose files have no tests, keep a model every 10 epochs; some 50 of them are
+tested here as the other three files test theirs, without noise: 5 episodes each, and 10 of the last.
 
 Started again after an interruption, the benchmark goes on where it was: runs whose curve is there with the same arguments
 are left out, runs that are finished in --data-dir are kept, and unfinished ones are resumed from their checkpoint. Runs of

@@ -325,7 +325,7 @@ Six algorithms on five environments, {args.total_steps:,} environment steps, eac
 environments. `python -m benchmark.mujoco` makes the curves, `python -m benchmark.report` this page from them.
 
 - *Best point*: the highest point of the seed-averaged curve, the measure of the TD3 paper. A point of *tests* is the mean of
-  episodes without noise: off-policy 10 every 10,000 steps, on-policy 5 every 10 epochs. A point of *training* is the mean
+  episodes without noise: off-policy 10 every 10,000 steps, on-policy 5 of some 50 models. A point of *training* is the mean
   return with noise over 10 epochs. The fewer seeds a curve is averaged over, the more noise its best point holds, and the more
   it flatters; *best 5*, the highest mean of five points in a row, flatters less.
 - *Final 10%*: the mean over the last 10% of the steps, of the same returns; *in training* of those with noise.
