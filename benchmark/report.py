@@ -354,13 +354,11 @@ Interquartile mean, over all runs, of the return at the best point of its cell (
 published; interval: bootstrap over each cell's seeds (arXiv:2108.13264), too narrow where a cell has one or two:
 """,
         *score_table(families),
-        "",
-    ]
-    lines += [
-        """## Time to a return
+        """
+## Time to a return
 
-When the seed-averaged curves reach the mean return that CleanRL's documentation states for the whole run of its script, and the
-minutes that this takes on one core, off-policy with tests:
+When the seed-averaged curves first reach the mean return that CleanRL's documentation states for the whole run of its script, and
+the minutes that this takes on one core, off-policy with tests. One point of one seed may be luck:
 """,
         *time_table(there, pd.read_csv(args.published)),
         "",
