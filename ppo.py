@@ -5,7 +5,7 @@
     adv  =  generalized advantage estimates (GAE), arXiv:1506.02438; in L_pi normalised to mean 0 and standard deviation 1
 
 Beyond the paper, after arXiv:2006.05990: normalised observations and value targets, small initial means of the actions,
-advantages computed anew for each pass over the batch, learning rates that fall to 0.
+advantages computed anew for each pass over the batch, learning rates that fall to 0. The noise has a small one of its own.
 
     python ppo.py --env-id Walker2d-v4
     mpirun -n 4 python ppo.py --env-id Walker2d-v4
@@ -39,11 +39,12 @@ class Args(RunArgs):
     max_ep_len: AtLeast1 | None = None  # steps until an episode is truncated; default: the environment's own limit
     hidden_sizes: tuple[AtLeast1, ...] = (64, 64)  # widths of the hidden layers, of the actor and of the critic
     activation: Literal["tanh", "relu", "elu"] = "tanh"  # activation of the hidden layers
-    init_log_std: LogStd | None = -0.75  # initial log standard deviation, where bounds are -1 and 1; None: -log sqrt(act_dim)
+    init_log_std: LogStd | None = None  # initial log standard deviation, where bounds are -1 and 1; None: -log sqrt(act_dim)
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     gamma: Fraction = 0.99  # discount
     lam: Fraction = 0.95  # lambda of GAE
     pi_lr: Positive = 6e-4  # learning rate of the actor, falls linearly to 0
+    std_lr: Positive = 6e-5  # learning rate of the log standard deviations, falls linearly to 0; at pi_lr noise fades too soon
     vf_lr: Positive = 6e-4  # learning rate of the critic, falls linearly to 0
     clip_ratio: Positive = 0.2  # eps: a ratio further than this from 1 gains nothing more
     train_iters: AtLeast1 = 10  # passes over a batch
@@ -340,14 +341,15 @@ def train(args):
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(args.num_envs // mpi.size())]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
-    groups = [{"params": ac.pi.parameters(), "lr": args.pi_lr}, {"params": ac.v.parameters(), "lr": args.vf_lr}]
-    optimizer = Adam(groups, eps=1e-5)  # eps of OpenAI Baselines
+    log_std = [] if ac.pi.discrete else [ac.pi.log_std]
+    params, rates = (ac.pi.net.parameters(), log_std, ac.v.parameters()), (args.pi_lr, args.std_lr, args.vf_lr)
+    optimizer = Adam([{"params": group} for group in params], eps=1e-5)  # eps of OpenAI Baselines
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
     buffer = Buffer(envs, args.steps_per_epoch // args.num_envs, seeds)
 
     with Logger(args, __file__) as logger:
         for epoch in logger.epochs(epochs, ac=ac, optimizer=optimizer, buffer=buffer):  # all that --resume restores
-            for group, lr in zip(optimizer.param_groups, (args.pi_lr, args.vf_lr), strict=True):
+            for group, lr in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = lr * (1 - epoch / epochs)
             ep_rets, ep_lens = buffer.collect(ac)
             metrics = update(ac, optimizer, buffer.batch(ac), args)

@@ -95,7 +95,7 @@ def test_policy_that_acted_is_the_one_in_the_ratio(script, tmp_path, monkeypatch
 
     monkeypatch.setattr(script.ActorCritic, "sample", spy_sample)
     monkeypatch.setattr(script, "update", spy_update)
-    first = dict(vf_lr=2e-3) | (dict(pi_lr=4e-3) if hasattr(script.Args, "pi_lr") else {})
+    first = {name: lr for name, lr in dict(vf_lr=2e-3, pi_lr=4e-3, std_lr=1e-3).items() if hasattr(script.Args, name)}
     ac = script.train(small(script, tmp_path, env_id="Hopper-v4", total_steps=800, **first))
     assert torch.allclose(torch.cat(stored), torch.stack(acted), atol=1e-5)
     assert ac.ret_stats.count == ac.obs_stats.count == 800
@@ -103,6 +103,7 @@ def test_policy_that_acted_is_the_one_in_the_ratio(script, tmp_path, monkeypatch
     for k, rate in enumerate(rates):  # fall linearly to 0
         expected = {p: first["vf_lr"] * (1 - k / 4) for p in ac.v.parameters()}
         expected |= {p: first["pi_lr"] * (1 - k / 4) for p in ac.pi.parameters() if "pi_lr" in first}
+        expected |= {ac.pi.log_std: first["std_lr"] * (1 - k / 4)} if "std_lr" in first else {}
         assert rate == pytest.approx(expected)
 
 

@@ -13,7 +13,7 @@ class Adam(torch.optim.Optimizer):
         super().add_param_group(group)
         group, params = self.param_groups[-1], self.param_groups[-1]["params"]
         group["means"], group["squares"] = ([torch.zeros_like(p) for p in params] for _ in range(2))
-        group["steps"] = [torch.zeros((), device=params[0].device)] * len(params)  # one tensor, many times
+        group["steps"] = [p.new_zeros(()) for p in params[:1]] * len(params)  # one tensor, many times
 
     def zero_grad(self):
         for group in self.param_groups:
