@@ -341,9 +341,10 @@ def train(args):
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(args.num_envs // mpi.size())]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
-    log_std = [ac.pi.log_std] if isinstance(ac.act_space, Box) else []
-    params, rates = (ac.pi.net.parameters(), log_std, ac.v.parameters()), (args.pi_lr, args.std_lr, args.vf_lr)
-    optimizer = Adam([{"params": group} for group in params], eps=1e-5)  # eps of OpenAI Baselines
+    log_std = [p for name, p in ac.pi.named_parameters() if name == "log_std"]  # none where actions are discrete
+    others = [p for name, p in ac.pi.named_parameters() if name != "log_std"]
+    rates = (args.pi_lr, args.std_lr, args.vf_lr)
+    optimizer = Adam([{"params": params} for params in (others, log_std, ac.v.parameters())], eps=1e-5)  # eps of OpenAI Baselines
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
     buffer = Buffer(envs, args.steps_per_epoch // args.num_envs, seeds)
 
