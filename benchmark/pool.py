@@ -155,24 +155,26 @@ def stop(runs):
 def execute(runs, workers, ended=lambda run: None):
     """Start the runs that wait, at most `workers` at a time, report each that ends and call `ended` with it; stops all when
     interrupted."""
-    waiting, running = [run for run in runs if run.returncode is None], []
+    waiting, running, over = [run for run in runs if run.returncode is None], [], []
     say(f"runs: {len(runs)}, names: {len({run.name for run in runs})}, finished before: {len(runs) - len(waiting)}")
     live = Live(get_renderable=lambda: overview(runs, workers), refresh_per_second=1)
     with live if sys.stdout.isatty() else contextlib.nullcontext():
         try:
-            while waiting or running:
+            while waiting or running or over:
                 while waiting and len(running) < workers:
                     running.append(waiting.pop(0))
                     running[-1].launch()
+                for run in over:  # no worker waits for this
+                    ended(run)
                 time.sleep(0.1)
                 for run in running:
                     run.poll()
-                    if run.returncode is not None:
-                        what = f"FAILED, see {run.log}" if run.returncode else f"return {run.progress()[1]}"
-                        elapsed = datetime.timedelta(seconds=round(run.seconds))
-                        say(f"{run}: {what}, {elapsed}   ({summary(runs, workers)})")
-                        ended(run)
+                over = [run for run in running if run.returncode is not None]
                 running = [run for run in running if run.returncode is None]
+                for run in over:
+                    what = f"FAILED, see {run.log}" if run.returncode else f"return {run.progress()[1]}"
+                    elapsed = datetime.timedelta(seconds=round(run.seconds))
+                    say(f"{run}: {what}, {elapsed}   ({summary(runs, workers)})")
         finally:
             stop(runs)
     failed = [run for run in runs if run.returncode]
