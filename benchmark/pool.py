@@ -164,7 +164,7 @@ def execute(runs, workers, ended=lambda run: None):
                 while waiting and len(running) < workers:
                     running.append(waiting.pop(0))
                     running[-1].launch()
-                for run in over:  # no worker waits for this
+                for run in over:  # after the next have begun: it may take minutes
                     ended(run)
                 time.sleep(0.1)
                 for run in running:
