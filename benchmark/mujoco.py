@@ -1,4 +1,4 @@
-"""The learning benchmark: six algorithms, five environments, 1,000,000 steps, each file's own defaults; and three studies.
+"""The learning benchmark: six algorithms, five environments, 1,000,000 steps, each file's own defaults; and four studies.
 
     python -m benchmark.mujoco                                                      # all that is missing in benchmark/results
     python -m benchmark.mujoco --scripts ppo.py sac.py --env-ids Hopper-v4 --seeds 0 1
@@ -46,6 +46,16 @@ STUDIES = {  # scripts and grid; the first two are exercises 2.1 and 2.2 of Open
         ("ddpg.py", "benchmark/studies/ddpg_no_squeeze.py"),
         {"total-steps": ["100000"], "hidden-sizes": ["300"], "batch-size": ["64"], "seed": ["0", "10", "20"]},
     ),
+    # what each addition to the paper gives; the runs are short, and all of a seed come before the next seed's
+    "extras": (
+        ("benchmark/studies/ppo_without.py",),
+        {
+            "seed": [*"01234"],
+            "env-id": ["HalfCheetah-v4", "Hopper-v4"],
+            "total-steps": ["300000"],
+            "without": "nothing norm-obs norm-values fresh-advantages lr-decay small-actions zero-critic orthogonal staggering".split(),
+        },
+    ),
     # against the benchmark's runs, whose alpha is fixed
     "autotune": (
         ("sac.py",),
@@ -56,7 +66,7 @@ STUDIES = {  # scripts and grid; the first two are exercises 2.1 and 2.2 of Open
 
 @dataclass
 class Args:
-    suite: Literal["learning", "value-fits", "broadcast", "autotune"] = "learning"  # the benchmark, or a study
+    suite: Literal["learning", "value-fits", "broadcast", "extras", "autotune"] = "learning"  # the benchmark, or a study
     scripts: tuple[str, ...] = ON_POLICY + OFF_POLICY  # algorithm files of the benchmark
     env_ids: tuple[str, ...] = ENV_IDS  # environments of the benchmark
     seeds: tuple[int, ...] | None = None  # default: 0 to 4 on-policy, 0 and 1 off-policy; in a study its own
