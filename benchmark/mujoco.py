@@ -53,7 +53,8 @@ STUDIES = {  # scripts and grid; the first two are exercises 2.1 and 2.2 of Open
             "seed": [*"01234"],
             "env-id": ["HalfCheetah-v4", "Hopper-v4"],
             "total-steps": ["300000"],
-            "without": "nothing norm-obs norm-values fresh-advantages lr-decay small-actions zero-critic orthogonal staggering".split(),
+            "without": "nothing norm-obs norm-values fresh-advantages lr-decay small-actions zero-critic orthogonal "
+            "staggering".split(),
         },
     ),
     # against the benchmark's runs, whose alpha is fixed
@@ -137,7 +138,7 @@ def main(args):
     def keep(run):
         if run.returncode == 0:
             for finished in score.load(run.run_dir):
-                if not finished.config.get("num_test_episodes"):
+                if finished.config.get("keep_checkpoints"):
                     test(finished, run.run_dir)
                 score.save(finished, folder, str(run))
 

@@ -250,6 +250,14 @@ def broadcast(args):
     return runs
 
 
+def extras(args):
+    """The runs of the study of what PPO has beyond its paper, named."""
+    runs = load_runs([args.studies / "extras"])
+    for run in runs:
+        run.name = "PPO" if run.config["without"] == "nothing" else f"without {run.config['without']}"
+    return runs
+
+
 def autotune(args):
     """The runs of the study of SAC's entropy coefficient, and the benchmark's with the same seeds up to as many steps, named."""
     runs = load_runs([args.studies / "autotune"])
@@ -280,6 +288,13 @@ more than rewards to go, discounted by gamma lambda. The trained critic's runs a
 Exercise 2.2 of Spinning Up: DDPG on HalfCheetah-v4, and DDPG with a critic whose values are (B, 1) instead of (B,), so that
 its loss broadcasts to (B, B) without an error (`benchmark/studies/ddpg_no_squeeze.py`). Networks have one layer of 300, batches
 64 transitions.""",
+    ),
+    "extras": (
+        extras,
+        """## What PPO has beyond its paper
+
+Each addition left out of `ppo.py` alone (`benchmark/studies/ppo_without.py`), and a run of 300,000 steps, in which the learning
+rates fall to 0. Returns in training, with noise.""",
     ),
     "autotune": (
         autotune,

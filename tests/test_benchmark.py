@@ -10,15 +10,17 @@ import sys
 import time
 from dataclasses import asdict
 from types import SimpleNamespace
+from typing import get_args
 
 import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, rows, run, small
 
 import ddpg
+import ppo
 from benchmark import mujoco
 from benchmark.mujoco import Args as BenchmarkArgs
 from benchmark.mujoco import is_kept, planned
@@ -34,6 +36,7 @@ from benchmark.report import (
     summary_table,
     write,
 )
+from benchmark.studies import ppo_without
 from utils.evaluate import load_policy
 from utils.process import RunError
 
@@ -143,6 +146,30 @@ def test_the_study_with_the_bug_runs(tmp_path):
     done = run(sys.executable, script, *options.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "x/x_s0/config.json").read_text())["script"] == "ddpg_no_squeeze.py"
+
+
+@pytest.mark.parametrize("without", get_args(ppo_without.Args.__annotations__["without"]))
+def test_ppo_without(without, tmp_path, monkeypatch):
+    """Each change does what it says, and nothing else is another algorithm than ppo.py's."""
+    for name in ("ActorCritic", "Adam", "Buffer", "advantages", "mlp", "__file__"):
+        monkeypatch.setattr(ppo, name, getattr(ppo, name))  # to be restored
+    changes = dict(env_id="Pendulum-v1", total_steps=800, steps_per_epoch=400, exp_name="x", train_iters=3)
+    ppo.train(small(ppo, tmp_path / "ppo", **changes))
+    calls = []
+    monkeypatch.setattr(ppo, "gae", lambda *args, gae=ppo.gae: calls.append(args) or gae(*args))
+    ac = ppo_without.train(small(ppo_without, tmp_path, **changes, without=without))
+    theirs, ours = rows(tmp_path / "ppo/x/x_s0"), rows(tmp_path / "x/x_s0")
+    assert (ours == theirs) == (without == "nothing")
+    assert (ours[0] == theirs[0]) == (without in ("nothing", "lr-decay", "norm-obs"))  # whose first epoch is the same
+    assert len(calls) == 2 * (1 if without == "fresh-advantages" else 4)  # 3 passes and `diagnose`, in 2 epochs
+    assert (ac.norm_obs, ac.ret_stats.count > 0) == (without != "norm-obs", without != "norm-values")
+    assert (float(ours[0]["AverageEpLen"]) == 200) == (without == "staggering")  # else one of the two ends after 100 steps
+    env = gym.make("Ant-v4")
+    new = ppo.ActorCritic(env.observation_space, env.action_space, ppo.Args())
+    hidden, last = new.pi.net[0].weight, new.pi.net[-1].weight
+    assert torch.allclose(hidden.T @ hidden, 2 * torch.eye(27), atol=1e-4) == (without != "orthogonal")
+    assert (last.norm(dim=1).max() > 0.5) == (without == "small-actions")
+    assert (new.v.net[-1].weight.abs().max() > 0) == (without == "zero-critic")
 
 
 def test_the_suites_are_planned(tmp_path, restored_ddpg):
