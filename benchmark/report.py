@@ -20,7 +20,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from benchmark.mujoco import ENV_IDS, OFF_POLICY, ON_POLICY, same_arguments
-from benchmark.score import Experiment, experiments, load
+from benchmark.score import Experiment, compare, experiments, load
 from utils.plot import COLORS, STYLE, plot, save
 from utils.process import RunError
 from utils.runs import load_runs
@@ -315,15 +315,19 @@ def study(suite, args):
     names = list(dict.fromkeys(run.name for run in runs))
     if len(names) < 2:
         raise RunError(f"the study {suite} has only curves of {names}")
-    smooth, rows = 1 if "num_test_episodes" in runs[0].config else 10, []
+    smooth, rows, first = 1 if "num_test_episodes" in runs[0].config else 10, [], None
     for env_id, name in sorted({(run.env_id, run.name) for run in runs}):
         there = [run for run in runs if (run.env_id, run.name) == (env_id, name)]
-        finals = [run.rows["Performance"].tail(len(run.rows) // 10).mean() for run in there]
+        final = np.array([run.rows["Performance"].tail(len(run.rows) // 10).mean() for run in there])
+        first = final if not rows or rows[-1][1] != env_id else first
+        several = min(len(first), len(final)) > 1 and final is not first
+        difference = "{} ({} to {})".format(*map(number, compare(first, final)[:3])) if several else ""
         seeds = ", ".join(str(seed) for seed in sorted(run.config["seed"] for run in there))
         steps = f"{max(run.rows['TotalEnvInteracts'].iloc[-1] for run in there):,.0f}"
-        rows.append([name, env_id, seeds, steps, with_deviation(np.mean(finals), np.std(finals), len(finals))])
+        rows.append([name, env_id, seeds, steps, with_deviation(final.mean(), final.std(), len(final)), difference])
     save(plot(runs, smooth=smooth), args.results / f"{suite}.png")
-    return [text, "", command, "", *table(["", "environment", "seeds", "steps", "final 10%"], rows), "", f"![{suite}]({suite}.png)", ""]
+    header = ["", "environment", "seeds", "steps", "final 10%", "minus the first's (95% interval)"]
+    return [text, "", command, "", *table(header, rows), "", f"![{suite}]({suite}.png)", ""]
 
 
 def write(args):
