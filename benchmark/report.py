@@ -294,7 +294,7 @@ its loss broadcasts to (B, B) without an error (`benchmark/studies/ddpg_no_squee
         """## What PPO has beyond its paper
 
 Each addition left out of `ppo.py` alone (`benchmark/studies/ppo_without.py`), and a run of 300,000 steps, in which the learning
-rates fall to 0. Returns in training, with noise.""",
+rates fall to 0. Returns in training, with noise. The bars of the figure are 95% bootstrap intervals.""",
     ),
     "autotune": (
         autotune,
@@ -307,6 +307,23 @@ on HalfCheetah with `--total-steps 200000`.""",
 }
 
 
+def differences(finals):
+    """The figure of a study of many names: their final returns minus those of the first, with 95% intervals.
+
+    finals: a dict from an environment to a dict from a name to an array (seeds,).
+    """
+    with matplotlib.rc_context(STYLE):
+        fig = Figure(figsize=(7, 2.2), layout="constrained")
+        axes = fig.subplots(1, len(finals), sharey=True, squeeze=False)[0]
+        for ax, (env_id, (first, *others)) in zip(axes, finals.items(), strict=True):
+            for name in reversed(others):
+                x, low, high, _ = compare(finals[env_id][first], finals[env_id][name])
+                ax.errorbar(x, name, xerr=[[x - low], [high - x]], fmt="o", color=COLORS[0], markersize=3)
+            ax.axvline(0, color="0.4", linewidth=0.8)
+            ax.set(title=env_id, xlabel=f"Final return minus that of {first}", xmargin=0.05)
+    return fig
+
+
 def study(suite, args):
     """Lines on a study and its figure. Raises RunError if curves are missing."""
     load_study, text = STUDIES[suite]
@@ -315,17 +332,18 @@ def study(suite, args):
     names = list(dict.fromkeys(run.name for run in runs))
     if len(names) < 2:
         raise RunError(f"the study {suite} has only curves of {names}")
-    smooth, rows, first = 1 if "num_test_episodes" in runs[0].config else 10, [], None
+    smooth, rows, finals = 1 if "num_test_episodes" in runs[0].config else 10, [], {}
     for env_id, name in sorted({(run.env_id, run.name) for run in runs}):
         there = [run for run in runs if (run.env_id, run.name) == (env_id, name)]
         final = np.array([run.rows["Performance"].tail(len(run.rows) // 10).mean() for run in there])
-        first = final if not rows or rows[-1][1] != env_id else first
+        finals.setdefault(env_id, {})[name] = final
+        first = next(iter(finals[env_id].values()))
         several = min(len(first), len(final)) > 1 and final is not first
         difference = "{} ({} to {})".format(*map(number, compare(first, final)[:3])) if several else ""
         seeds = ", ".join(str(seed) for seed in sorted(run.config["seed"] for run in there))
         steps = f"{max(run.rows['TotalEnvInteracts'].iloc[-1] for run in there):,.0f}"
         rows.append([name, env_id, seeds, steps, with_deviation(final.mean(), final.std(), len(final)), difference])
-    save(plot(runs, smooth=smooth), args.results / f"{suite}.png")
+    save(plot(runs, smooth=smooth) if len(names) == 2 else differences(finals), args.results / f"{suite}.png")
     header = ["", "environment", "seeds", "steps", "final 10%", "minus the first's (95% interval)"]
     return [text, "", command, "", *table(header, rows), "", f"![{suite}]({suite}.png)", ""]
 

@@ -26,6 +26,7 @@ from benchmark.mujoco import Args as BenchmarkArgs
 from benchmark.mujoco import is_kept, planned
 from benchmark.report import (
     Args,
+    differences,
     interquartile_mean,
     interval,
     load_cells,
@@ -371,6 +372,17 @@ def test_a_study(results):
         file.write_text(json.dumps(json.loads(file.read_text()) | dict(train_v_iters=10)))
     with pytest.raises(RunError, match="only curves of"):
         study("value-fits", arguments(results))
+
+
+def test_the_figure_of_differences():
+    """From the top, in the order of the table: each name's mean minus the first's; of constant returns the interval is a point."""
+    ax, other = differences({"A": {"x": np.ones(2), "y": np.zeros(2), "z": np.array([2, 4])}, "B": {"x": np.ones(2)}}).axes
+    assert [label.get_text() for label in ax.get_yticklabels()][::-1] == ["y", "z"]
+    points = {line.get_ydata()[0]: line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o"}
+    assert list(points.values())[::-1] == [-1, 2]
+    ends = [bar.get_segments()[0][:, 0].tolist() for bar in ax.collections]
+    assert ends[::-1] == [[-1, -1], [1, 3]]
+    assert not other.collections
 
 
 def test_the_study_of_alpha_compares_equal_seeds_and_steps(results):
