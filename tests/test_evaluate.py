@@ -122,14 +122,6 @@ def test_seed_makes_the_episodes(runs):
     assert list(play(env, act, episodes=2, seed=0)) == first[:2]
 
 
-def test_deterministic_or_not(runs):
-    """The same observation: one action, or many."""
-    env, act = load_policy(runs(OFF_POLICY[1])[1])
-    obs = np.ones(3)
-    assert len({float(act(obs)[0]) for _ in range(10)}) == 1
-    assert len({float(act(obs, deterministic=False)[0]) for _ in range(10)}) > 1
-
-
 def test_command_line(ppo_run, capsys):
     before = digest(ppo_run)
     done = run(sys.executable, "-m", "utils.evaluate", ppo_run, "-n", 3, "--seed", 4, "--json")
@@ -331,12 +323,6 @@ def test_what_environments_print_is_not_on_stdout_with_json(runs, tmp_path):
     done = run(sys.executable, "-m", "utils.evaluate", run_dir, "-n", 1, "--json", PYTHONPATH=path)
     assert json.loads(done.stdout)["returns"] == [6.0] and done.stdout.count("\n") == 1, done
     assert "from C" in done.stderr and "from Python" in done.stderr and "episode 0  return 6.00" in done.stderr
-
-
-def test_rewards_of_any_type_are_summed_as_python_floats(runs):
-    env, act = load_policy(runs(ON_POLICY[-1], env_id="conftest:Count-v0")[1])
-    env.env = gym.wrappers.TransformReward(env.env, lambda rew: np.array([0.1], np.float16))
-    assert list(play(env, act)) == [(3 * float(np.float16(0.1)), 3)]
 
 
 def test_error_is_one_line_without_traceback(ppo_run):

@@ -1,10 +1,7 @@
 """Whole runs: learning, determinism, what they leave on disk, and what stops them."""
 
 import dataclasses
-import importlib.machinery
-import importlib.util
 import json
-import math
 import pathlib
 import shutil
 import sys
@@ -108,35 +105,12 @@ def test_policy_that_acted_is_the_one_in_the_ratio(script, tmp_path, monkeypatch
 
 
 def test_run_directory(script, tmp_path):
-    ac = script.train(small(script, tmp_path, total_steps=1000))
+    script.train(small(script, tmp_path, total_steps=999))
     path = run_dir(script, tmp_path)
     assert {p.name for p in path.iterdir()} == {"checkpoint", "config.json", "model.pt", "progress.txt", f"{script.__name__}.py"}
     config = json.loads((path / "config.json").read_text())
     assert config["gamma"] == 0.99 and config["script"] == f"{script.__name__}.py" and config["ranks"] == 1
-    table = rows(path, without=())
-    columns = "Epoch AverageEpRet StdEpRet MaxEpRet MinEpRet AverageEpLen TotalEnvInteracts AverageVVals LossPi LossV KL Entropy"
-    assert {*columns.split(), "Time", "StepsPerSec"} <= set(table[0])
-    assert [row["TotalEnvInteracts"] for row in table] == ["200", "400", "600", "800", "1000"]
-    assert all(math.isfinite(float(row["StepsPerSec"])) for row in table)
-    state = torch.load(path / "model.pt", weights_only=True)
-    fresh = script.ActorCritic(*spaces("CartPole-v1"), small(script, tmp_path))
-    fresh.load_state_dict(state)
-    obs = np.random.default_rng(0).normal(size=(20, 4))
-    assert np.array_equal(fresh.act(obs, deterministic=True), ac.act(obs, deterministic=True))
-    assert torch.equal(fresh.obs_stats.mean, ac.obs_stats.mean) and fresh.obs_stats.count == 1000
-
-
-def spaces(env_id):
-    env = gym.make(env_id)
-    return env.observation_space, env.action_space
-
-
-def test_episodes_are_counted_right_across_epochs(script, tmp_path):
-    """Count-v0 has episodes of 3 steps that pay 6; batches of 4 steps in each of 2 environments cut them."""
-    args = small(script, tmp_path, env_id="Count-v0", exp_name="x", total_steps=24, steps_per_epoch=8, minibatch_size=4)
-    script.train(args)
-    table = rows(tmp_path / "x/x_s0")
-    assert all((row["AverageEpRet"], row["StdEpRet"], row["AverageEpLen"]) == ("6.0", "0.0", "3.0") for row in table)
+    assert [row["TotalEnvInteracts"] for row in rows(path)] == ["200", "400", "600", "800", "1000"]  # in whole epochs
 
 
 def test_epoch_without_an_ended_episode_is_blank(script, tmp_path):
@@ -144,11 +118,6 @@ def test_epoch_without_an_ended_episode_is_blank(script, tmp_path):
     first, second = rows(tmp_path / "x/x_s0")
     assert {first[name] for name in ("AverageEpRet", "StdEpRet", "MaxEpRet", "MinEpRet", "AverageEpLen", "MinEpLen")} == {""}
     assert second["AverageEpRet"] == "6.0"
-
-
-def test_rounds_up_to_whole_epochs(script, tmp_path):
-    script.train(small(script, tmp_path, total_steps=201))
-    assert rows(run_dir(script, tmp_path))[-1]["TotalEnvInteracts"] == "400"
 
 
 @pytest.mark.parametrize("env_id, quantity", [("Broken-v0", "reward"), ("BrokenObs-v0", "observation")])
@@ -330,21 +299,6 @@ def test_observations_may_be_lists(tmp_path):
         script.train(small_args(script, tmp_path, env_id="Lists-v0"))
 
 
-def test_command_line_error_is_one_line_without_traceback(script, tmp_path):
-    done = run(sys.executable, ROOT / f"{script.__name__}.py", "--gamma", "1.5", cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.strip() == "error: --gamma 1.5: has to be between 0 and 1"
-    assert list(tmp_path.iterdir()) == []
-
-
-@ALL
-def test_environment_ids_with_a_module_do_not_nest_directories(script, tmp_path):
-    make_args = small_off_policy if script in OFF_POLICY else small
-    script.train(make_args(script, tmp_path, env_id="conftest:Count-v0", max_ep_len=None))
-    assert (
-        tmp_path / f"{script.__name__}_conftest-Count-v0" / f"{script.__name__}_conftest-Count-v0_s0" / "progress.txt"
-    ).exists()
-
-
 @ALL
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_actions_belong_to_the_space(script, dtype):
@@ -354,21 +308,6 @@ def test_actions_belong_to_the_space(script, dtype):
     for act in ac.to_env(torch.tensor([[-1.0, -1.0], [0.3, 0.0], [1.0, 1.0]])):
         assert space.contains(act), act
     assert act == pytest.approx(space.high, abs=1e-6 if dtype != np.float16 else 1e-3)
-
-
-@pytest.mark.parametrize("dtype", [np.int32, np.int64])
-def test_discrete_actions_belong_to_the_space(script, dtype):
-    space = gym.spaces.Discrete(3, start=5, dtype=dtype)
-    ac = script.ActorCritic(gym.spaces.Box(-1, 1, (1,)), space, small(script, "unused"))
-    acts = ac.to_env(torch.arange(3))
-    assert acts.tolist() == [5, 6, 7] and all(space.contains(act) for act in acts)
-
-
-def test_bounds_that_float32_cannot_span_are_none(script):
-    huge = np.finfo(np.float32).max
-    space = gym.spaces.Box(np.array([-huge, -2], np.float32), np.array([huge, 2], np.float32))
-    ac = script.ActorCritic(gym.spaces.Box(-1, 1, (1,)), space, small(script, "unused"))
-    assert ac.to_env(torch.tensor([[0.0, 0.0], [0.5, 0.5]])).tolist() == [[0, 0], [0.5, 1]]
 
 
 @ONLY_OFF_POLICY
@@ -415,17 +354,6 @@ def test_observations_are_normalised_inside_the_model(tmp_path):
     assert torch.allclose(raw.normalise(obs), torch.full((1, 11), 3.0))
     expected = (3.0 - ac.obs_stats.mean) / ac.obs_stats.std
     assert torch.allclose(ac.normalise(obs), expected.clamp(-10, 10))
-
-
-def test_a_folder_that_is_called_wandb_is_not_the_package(tmp_path, monkeypatch):
-    """What W&B leaves behind in a project looks like a package to Python where the real one is not installed."""
-    import ppo
-
-    (tmp_path / "wandb").mkdir()
-    spec = importlib.machinery.PathFinder.find_spec("wandb", [str(tmp_path)])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    with pytest.raises(RunError, match="--track: wandb is not installed; pip install wandb"):
-        ppo.train(small(ppo, tmp_path, track=True))
 
 
 def test_wandb_offline(tmp_path):
@@ -499,19 +427,10 @@ def test_more_start_steps_than_steps_is_a_warning(script, tmp_path, capsys):
 
 @pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor cannot")
 def test_tiny_numbers_are_flushed():
-    """Adam's averages for a unit that is dead end at 0, not among the numbers below 1e-38 that are slow to calculate with."""
-    def average_of_dead_unit():
-        weight = torch.nn.Parameter(torch.ones(64))
-        optimizer = torch.optim.Adam([weight], fused=True)
-        for step in range(1100):
-            weight.grad = torch.full((64,), float(step == 0))
-            optimizer.step()
-        return optimizer.state[weight]["exp_avg"]
-
     torch.set_flush_denormal(False)
-    assert ((average_of_dead_unit() > 0) & (average_of_dead_unit() < 1e-38)).all()
+    assert (torch.tensor([1e-20]) * 1e-20).item() > 0
     set_up(ddpg.Args(env_id="Pendulum-v1"))
-    assert (average_of_dead_unit() == 0).all()
+    assert (torch.tensor([1e-20]) * 1e-20).item() == 0
 
 
 def test_a_commit_is_dirty_if_python_files_differ_from_it(tmp_path):

@@ -48,16 +48,6 @@ def test_seeds_are_averaged_and_other_experiments_kept_apart(score, tmp_path):
     assert (tmp_path / "kept/x_s0.csv").read_text() == before
 
 
-def test_a_sweep_is_named_as_in_a_plot_its_paths_completed_and_links_followed(score, tmp_path):
-    write(tmp_path / "data/ppo_X-v0/ppo_X-v0_s0", [1, 1, 1, 1], seed=0, clip_ratio=0.1)
-    write(tmp_path / "data/ppo_X-v0/ppo_X-v0_s0_1", [1, 1, 1, 1], seed=0, clip_ratio=0.2)
-    write(tmp_path / "disk/ppo_X-v0_s1", [1, 1, 1, 1], seed=1, clip_ratio=0.2)
-    (tmp_path / "data/ppo_X-v0/ppo_X-v0_s1").symlink_to(tmp_path / "disk/ppo_X-v0_s1")
-    (tmp_path / "data/ppo_X-v0/again").symlink_to("..")
-    lines = score(tmp_path / "data/pp")[0]
-    assert [line[:4] for line in lines] == [["ppo,", "clip_ratio=0.1", "X-v0", "1"], ["ppo,", "clip_ratio=0.2", "X-v0", "2"]]
-
-
 def test_test_returns_count_where_there_are_some(score, tmp_path):
     """The best single test, not a window of epochs, and not the return in training."""
     write(tmp_path / "x_s0", [0, 0, 0, 0], seed=0, num_test_episodes=10)
@@ -67,17 +57,6 @@ def test_test_returns_count_where_there_are_some(score, tmp_path):
     table, _ = score(tmp_path, save=tmp_path / "kept")
     assert table == [["x", "X-v0", "1", "50", "50", "9", "10", "0:", "50"]]
     assert score(tmp_path / "kept")[0] == table
-
-
-def test_a_last_line_that_was_cut_off_does_not_finish_a_run(score, tmp_path):
-    write(tmp_path / "x_s0", [5, 5, 5], seed=0)
-    write(tmp_path / "x_s1", [1, 1, 1, 1], seed=1)
-    for name, rest in dict(x_s0="4000", x_s1="5000\t7").items():
-        with open(tmp_path / name / "progress.txt", "a") as file:
-            file.write(rest)
-    table, errors = score(tmp_path)
-    assert [line[2:] for line in table] == [["1", "1", "1", "1", "10", "1:", "1"]]
-    assert "left out, not finished: x_s0" in errors and errors.count("incomplete last line") == 2
 
 
 def test_what_is_refused(score, tmp_path):
