@@ -50,9 +50,11 @@ def restored_ddpg(monkeypatch):
     return ddpg
 
 
+COMMAND = [sys.executable, "-m", "benchmark.mujoco", "--scripts", "vpg.py", "--env-ids", "InvertedPendulum-v4"]
+
+
 def benchmark(tmp_path, *options):
-    command = [sys.executable, "-m", "benchmark.mujoco", "--scripts", "vpg.py", "--env-ids", "InvertedPendulum-v4"]
-    done = run(*command, "--data-dir", tmp_path / "data", "--results", tmp_path / "kept", *options, cwd=ROOT)
+    done = run(*COMMAND, "--data-dir", tmp_path / "data", "--results", tmp_path / "kept", *options, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return int(re.search(r"finished before: (\d+)", done.stdout)[1])
 
@@ -111,19 +113,8 @@ def test_the_benchmark_makes_what_is_missing(tmp_path, capfd):
 
 
 def test_an_interrupted_benchmark_resumes_its_run(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "benchmark.mujoco",
-        "--scripts",
-        "vpg.py",
-        "--env-ids",
-        "InvertedPendulum-v4",
-        "--seeds",
-        "3",
-    ]
-    command += ["--total-steps", "1000000", "--data-dir", str(tmp_path / "data"), "--results", str(tmp_path / "kept")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    options = ["--seeds", "3", "--total-steps", "1000000", "--data-dir", tmp_path / "data", "--results", tmp_path / "kept"]
+    process = subprocess.Popen([*COMMAND, *options], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     run_dir = tmp_path / "data/vpg_InvertedPendulum-v4/vpg_InvertedPendulum-v4_s3"
     deadline = time.monotonic() + 120
     while not list(run_dir.glob("checkpoint/*.ckpt")) and time.monotonic() < deadline:

@@ -93,13 +93,6 @@ def test_links_resolve(page):
             assert not anchor or anchor in anchors(path), target
 
 
-def test_arxiv_ids_are_well_formed(page):
-    """YYMM.NNNN until 2014, YYMM.NNNNN since."""
-    for written in re.findall(r"(?i)arxiv(?::|\.org/(?:abs|pdf)/)(\S*\w)", page.read_text()):
-        month, end = r"(0[1-9]|1[0-2])\.", r"(?!\w)"
-        assert re.match(rf"(0[7-9]|1[0-4]){month}\d{{4}}{end}|(1[5-9]|2\d){month}\d{{5}}{end}", written), written
-
-
 def commands(page):
     """The command lines of a page that start Python, as lists of words: of its blocks, and of its prose between backticks."""
     shell = [text.replace("\\\n", "") for _, language, text in blocks(page) if language in ("", "sh")]

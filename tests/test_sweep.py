@@ -199,14 +199,6 @@ def test_refused_before_anything_is_written(tmp_path, monkeypatch, command, mess
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("values, message", [("--clip-ration 0.1", "--clip-ratio FLOAT"), ("--gamma 0.9 high", "'high'")])
-def test_what_the_script_cannot_read_gives_its_own_message(tmp_path, monkeypatch, capfd, values, message):
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as end:
-        main(["ppo.py", "--total-steps", "1", *values.split(), "--data-dir", str(tmp_path)])
-    assert end.value.code == 2 and message in capfd.readouterr().err and not any(tmp_path.iterdir())
-
-
 def test_print(fake, capsys):
     assert (
         main(shlex.split("fake.py --seed 0 1 --hidden-sizes '8 8' 8 --norm-obs False --print --mpi 4 --data-dir 'my data'")) == 0

@@ -17,7 +17,6 @@ import ppo
 import td3
 from utils.args import cli
 from utils.check import check
-from utils.process import RunError
 
 ALL = pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY, ids=lambda script: script.__name__)
 BOTH = pytest.mark.parametrize("script", [ppo, td3], ids=lambda script: script.__name__)  # a file of each family
@@ -124,20 +123,6 @@ def test_rewards_of_other_kinds(script, kind, tmp_path):
     assert {float(row[name]) for name in row if name.startswith(("Max", "AverageTest")) and "EpRet" in name} == {expected}
 
 
-def test_what_is_no_number_is_refused_by_name(tmp_path):
-    for reward, shown in (np.array([1.0, 2.0]), r"\[1. 2.\]"), (None, "None"):
-        register("Odd-v0", step=lambda self, action, reward=reward: (np.zeros(1), reward, False, False, {}))
-        with pytest.raises(RunError, match=f"the environment's reward has to be one number, not {shown}"):
-            ppo.train(arguments(ppo, tmp_path, env_id="Odd-v0"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_data_dir_that_is_a_dangling_link(tmp_path):
-    (tmp_path / "scratch").symlink_to(tmp_path / "purged")
-    with pytest.raises(RunError, match="--data-dir .*scratch: cannot make .*: a link leads to .*purged/x, which cannot be made"):
-        ppo.train(arguments(ppo, tmp_path / "scratch"))
-
-
 @ALL
 def test_spellings_of_a_wandb_agent(script):
     """And steps as physicists write them."""
@@ -149,15 +134,6 @@ def test_spellings_of_a_wandb_agent(script):
     for steps in "1.5", "1e400", "1E-1":
         with pytest.raises(SystemExit):
             cli(script.Args, ["--total-steps", steps])
-
-
-def test_the_id_is_that_of_wandb(tmp_path):
-    pytest.importorskip("wandb")
-    wandb = dict(WANDB_MODE="offline", WANDB_RUN_ID="agent7")
-    done = run(sys.executable, ROOT / "ppo.py", *SMALL, "--track", "--data-dir", tmp_path, cwd=tmp_path, **wandb)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "x/x_s0/config.json").read_text())["wandb_id"] == "agent7"
-    assert list(tmp_path.glob("x/x_s0/wandb/offline-run-*-agent7"))
 
 
 def test_several_seeds_are_a_sweep(tmp_path):
@@ -254,15 +230,6 @@ def test_no_colours_in_a_log_and_no_folder_called_tilde(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout and "800 of 800 steps (100%)" in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
-
-
-def test_an_output_that_knows_ascii_only(tmp_path):
-    program = "import gymnasium as gym\ngym.register('Kärren-v0', 'gymnasium.envs.classic_control:CartPoleEnv')\n"
-    (tmp_path / "odd.py").write_text(program)
-    options = [*SMALL, "--data-dir", tmp_path, "--env-id", "odd:Kärren-v0"]
-    done = run(sys.executable, ROOT / "ppo.py", *options, PYTHONIOENCODING="ascii", PYTHONPATH=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert r"odd:K\xe4rren-v0" in done.stdout and len(rows(tmp_path / "x/x_s0")) == 4
 
 
 @BOTH

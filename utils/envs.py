@@ -40,8 +40,8 @@ class Episodes(gym.Wrapper):
         else:
             self.actions.clear()
         obs, rew, terminated, truncated, info = self.env.step(action)
-        rew = float(rew) if isinstance(rew, float) else _number("reward", rew)
-        terminated = terminated if isinstance(terminated, bool) else bool(_number("terminated", terminated))
+        rew = float(rew) if isinstance(rew, float) else float(np.asarray(rew).item())  # of one element, whatever its type
+        terminated = terminated if isinstance(terminated, bool) else bool(np.asarray(terminated).item())
         self.obs, self.ep_ret, self.ep_len = np.asarray(obs), self.ep_ret + rew, self.ep_len + 1
         return self.obs, rew, terminated, bool(truncated) or self.ep_len == self.cut, info
 
@@ -68,14 +68,6 @@ class Episodes(gym.Wrapper):
         if not same:
             say_once(f"{self.spec.id} cannot be brought back to the middle of its episode: a new one begins", sys.stderr)
             self.reset(seed=zlib.crc32(np.asarray(state["obs"]).tobytes()))
-
-
-def _number(name, x):
-    """The one number in x, which may be an array of one element."""
-    try:
-        return float(np.asarray(x).item())
-    except (TypeError, ValueError):
-        raise RunError(f"the environment's {name} has to be one number, not {x}") from None
 
 
 def make_env(env_id, max_ep_len=None, **options):

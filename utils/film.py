@@ -75,4 +75,3 @@ class Camera:
         if self.writer:
             with self._errors_in_one_line():
                 self.writer.close()
-                imageio.get_reader(self.path).close()  # fails after a full disk, of which the writer may say nothing

@@ -26,8 +26,7 @@ def say(text, file=None):
     """Print a line, as long as somebody can read it: a pipe may be closed, a disk full, a terminal gone."""
     file = file or sys.stdout
     try:
-        encoding = getattr(file, "encoding", None) or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+        print(text, file=file, flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # also for what others print there until the end
         if file is sys.stdout:

@@ -104,9 +104,7 @@ def make_run_dir(args, exp_name):
             return path
         except OSError as error:
             if not os.path.lexists(path):  # else the next one
-                reason = f"a link leads to {os.path.realpath(parent)}, which cannot be made"
-                reason = reason if isinstance(error, FileExistsError) else error.strerror
-                raise RunError(f"--data-dir {args.data_dir}: cannot make {path}: {reason}") from None
+                raise RunError(f"--data-dir {args.data_dir}: cannot make {path}: {error.strerror}") from None
 
 
 class RunDir:
