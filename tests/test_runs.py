@@ -15,6 +15,7 @@ import torch
 from conftest import OFF_POLICY, ON_POLICY, ROOT, Count, rows, run, small, small_off_policy
 
 import ddpg
+import ppo
 from utils import logger, mpi
 from utils.args import Range, RunArgs
 from utils.check import check
