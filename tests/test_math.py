@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import operator
 from functools import partial
 from types import SimpleNamespace
 
@@ -514,18 +515,22 @@ def test_line_search_restores_the_parameters_when_nothing_helps():
     assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
 
 
-@pytest.mark.parametrize(
-    "name", "Batch Buffer RunningStats mlp Gaussian Actor Critic ActorCritic gae advantages value_loss minibatches".split()
-)
-def test_copies_are_one_text(name):
-    assert len({inspect.getsource(getattr(script, name)) for script in ON_POLICY}) == 1
+COPIES = [
+    (ON_POLICY, "Batch Buffer RunningStats mlp Gaussian Actor Critic ActorCritic gae advantages value_loss minibatches"),
+    (ON_POLICY[::2], "approx_kl"),
+    (OFF_POLICY, "Batch ReplayBuffer mlp Critic ActorCritic.to_env ActorCritic.act polyak_average gradient_step test"),
+    (OFF_POLICY[:2], "Actor ActorCritic.sample"),
+    (OFF_POLICY[1:], "q_loss"),
+]
 
 
-def test_copied_estimate_of_the_kl_is_one_text():
-    assert inspect.getsource(vpg.approx_kl) == inspect.getsource(ppo.approx_kl)
+@pytest.mark.parametrize("scripts, name", [(scripts, name) for scripts, names in COPIES for name in names.split()])
+def test_copies_are_one_text(scripts, name):
+    assert len({inspect.getsource(operator.attrgetter(name)(script)) for script in scripts}) == 1
 
 
+@pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY, ids=lambda script: script.__name__)
 def test_every_argument_is_read(script):
-    source = inspect.getsource(script) + inspect.getsource(set_up)
+    source = "".join(map(inspect.getsource, (script, make_env, set_up)))
     for name in script.Args.__annotations__.keys() - {"action_spaces"}:
         assert f"args.{name}" in source, name

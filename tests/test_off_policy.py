@@ -1,7 +1,6 @@
 """DDPG, TD3 and SAC: each formula against an independent computation, the replay buffer, the noise, and whole runs."""
 
 import copy
-import inspect
 import math
 from collections import Counter
 from types import SimpleNamespace
@@ -19,7 +18,6 @@ import sac
 import td3
 from utils import mpi
 from utils.envs import make_env
-from utils.logger import set_up
 from utils.process import RunError
 
 LOW, HIGH = np.array([-1.0, 0.0], np.float32), np.array([3.0, 0.5], np.float32)
@@ -672,28 +670,3 @@ def test_discrete_actions_are_refused(script, tmp_path):
         script.train(small_off_policy(script, tmp_path, env_id="CartPole-v1"))
     assert all(word in str(error.value) for word in ("CartPole-v1", "Discrete(2)", "vpg.py", "trpo.py", "ppo.py"))
     assert list(tmp_path.iterdir()) == []
-
-
-# Copies
-
-
-@pytest.mark.parametrize("name", "Batch ReplayBuffer mlp Critic polyak_average gradient_step test".split())
-def test_copies_are_one_text(name):
-    assert len({inspect.getsource(getattr(script, name)) for script in OFF_POLICY}) == 1
-
-
-@pytest.mark.parametrize("name", ["to_env", "act"])
-def test_copied_methods_are_one_text(name):
-    assert len({inspect.getsource(getattr(script.ActorCritic, name)) for script in OFF_POLICY}) == 1
-
-
-def test_td3_shares_its_policy_with_ddpg():
-    assert inspect.getsource(td3.Actor) == inspect.getsource(ddpg.Actor)
-    assert inspect.getsource(td3.ActorCritic.sample) == inspect.getsource(ddpg.ActorCritic.sample)
-    assert inspect.getsource(td3.q_loss) == inspect.getsource(sac.q_loss)
-
-
-def test_every_argument_is_read(script):
-    source = inspect.getsource(script) + inspect.getsource(make_env) + inspect.getsource(set_up)
-    for name in script.Args.__annotations__.keys() - {"action_spaces"}:
-        assert f"args.{name}" in source, name
