@@ -102,15 +102,11 @@ def script(request):
 
 
 def small(script, tmp_path, **changes):
-    """Arguments of a run of a second."""
+    """Arguments of a run of a second; off-policy the updates begin after 100 steps."""
     options = dict(env_id="CartPole-v1", total_steps=400, steps_per_epoch=200, num_envs=2, minibatch_size=50)
-    return script.Args(**(options | dict(data_dir=str(tmp_path)) | changes))
-
-
-def small_off_policy(script, tmp_path, **changes):
-    """The same of an off-policy script; its updates begin after 100 steps."""
-    options = dict(env_id="Pendulum-v1", total_steps=240, steps_per_epoch=120, max_ep_len=50, num_test_episodes=1)
-    options |= dict(hidden_sizes=(8, 8), batch_size=16, start_steps=50, update_after=100)
+    if hasattr(script, "ReplayBuffer"):
+        options = dict(env_id="Pendulum-v1", total_steps=240, steps_per_epoch=120, max_ep_len=50, num_test_episodes=1)
+        options |= dict(hidden_sizes=(8, 8), batch_size=16, start_steps=50, update_after=100)
     return script.Args(**(options | dict(data_dir=str(tmp_path)) | changes))
 
 

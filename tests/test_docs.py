@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import tyro
-from conftest import OFF_POLICY, ON_POLICY, ROOT, rows, run, small, small_off_policy
+from conftest import OFF_POLICY, ON_POLICY, ROOT, rows, run, small
 from tyro.conf import FlagCreatePairsOff
 
 import ppo
@@ -154,8 +154,8 @@ def test_the_environment_of_running_can_be_trained(tmp_path):
 def test_the_values_of_a_trained_run_can_be_had(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = next(text for _, _, text in blocks(ROOT / "docs/metrics.md") if "ret_stats.denormalise" in text)
-    for script, arguments in (ppo, small), (sac, small_off_policy):
-        script.train(arguments(script, "data", env_id="Hopper-v4"))
+    for script in (ppo, sac):
+        script.train(small(script, "data", env_id="Hopper-v4"))
     found = {}
     exec(code, found)
     assert found["v"].shape == () and found["q1"].shape == found["q2"].shape == (1,)
@@ -171,7 +171,7 @@ def written(tmp_path):
     """From a column of progress.txt to the files that write it, by a run of each. Average, Std, Max and Min are one."""
     found = {}
     for script in ON_POLICY + OFF_POLICY:
-        args = (small if script in ON_POLICY else small_off_policy)(script, tmp_path, exp_name=script.__name__)
+        args = small(script, tmp_path, exp_name=script.__name__)
         script.train(args)
         columns = list(rows(tmp_path / script.__name__ / f"{script.__name__}_s0", without=())[0])
         for column in columns:

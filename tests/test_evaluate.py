@@ -14,7 +14,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from conftest import OFF_POLICY, ON_POLICY, ROOT, run, small, small_off_policy
+from conftest import OFF_POLICY, ON_POLICY, ROOT, run, small
 
 from utils import evaluate
 from utils.envs import make_env
@@ -31,8 +31,7 @@ def runs(tmp_path_factory):
         key = (script.__name__, *changes.items())
         if key not in made:
             path = tmp_path_factory.mktemp(script.__name__)
-            args = small if script in ON_POLICY else small_off_policy
-            made[key] = script.train(args(script, path, exp_name="x", **changes)), path / "x/x_s0"
+            made[key] = script.train(small(script, path, exp_name="x", **changes)), path / "x/x_s0"
         return made[key]
 
     return get

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import OFF_POLICY, Count, rows, small_off_policy
+from conftest import OFF_POLICY, Count, rows, small
 from gymnasium.spaces import Box
 from torch import nn
 
@@ -91,7 +91,7 @@ class Learner:
     def __init__(self, script, pi_lr=1.0, q_lr=1.0, alpha_lr=1.0, **changes):
         torch.manual_seed(0)
         options = dict(hidden_sizes=(5,), activation="tanh", gamma=0.9, polyak=0.75) | changes
-        self.script, self.args = script, small_off_policy(script, "unused", **options)
+        self.script, self.args = script, small(script, "unused", **options)
         self.ac = script.ActorCritic(Box(-np.inf, np.inf, (3,)), Box(LOW, HIGH), self.args).double()
         self.targ = copy.deepcopy(self.ac.q if script is sac else self.ac).requires_grad_(False)
         for p in self.targ.parameters():
@@ -217,7 +217,7 @@ def test_learning_rates(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "update", spy)
     options = dict(autotune=True) if script is sac else {}
-    ac = script.train(small_off_policy(script, tmp_path, total_steps=120, pi_lr=2e-3, q_lr=3e-3, **options))
+    ac = script.train(small(script, tmp_path, total_steps=120, pi_lr=2e-3, q_lr=3e-3, **options))
     assert rates == {name: 3e-3 if name.startswith("q") else 2e-3 for name, _ in ac.named_parameters()}
 
 
@@ -314,7 +314,7 @@ def test_autotuned_alpha_follows_the_policys_entropy(log_std, rises):
 
 @pytest.mark.parametrize("autotune", [False, True])
 def test_alpha_changes_only_if_asked(tmp_path, autotune):
-    ac = sac.train(small_off_policy(sac, tmp_path, exp_name="x", autotune=autotune, alpha=0.3))
+    ac = sac.train(small(sac, tmp_path, exp_name="x", autotune=autotune, alpha=0.3))
     assert (ac.log_alpha.exp().item() == pytest.approx(0.3)) != autotune
     assert [float(row["Alpha"]) == pytest.approx(0.3) for row in rows(tmp_path / "x/x_s0")] == [not autotune] * 2
 
@@ -405,7 +405,7 @@ def test_policy_sees_what_the_environment_shows(script):
 def acting(script, act_space=Asymmetric.action_space, **changes):
     """An ActorCritic whose policy says (.5, -.25) within -1 and 1, before any noise, for every observation."""
     torch.manual_seed(0)
-    ac = script.ActorCritic(Box(-np.inf, np.inf, (1,)), act_space, small_off_policy(script, "unused", **changes))
+    ac = script.ActorCritic(Box(-np.inf, np.inf, (1,)), act_space, small(script, "unused", **changes))
     with torch.no_grad():
         ac.pi.net[-1].weight.zero_()
         ac.pi.net[-1].bias[:2] = torch.atanh(torch.tensor([0.5, -0.25]))
@@ -557,7 +557,7 @@ def spy_on_update(script, monkeypatch):
 def test_targets_start_equal_and_follow_in_a_run(script, tmp_path, monkeypatch):
     """TD3's actor and targets change in every third update, the critics and what the other scripts have in all of them."""
     calls = spy_on_update(script, monkeypatch)
-    script.train(small_off_policy(script, tmp_path, total_steps=200, **(dict(policy_delay=3) if script is td3 else {})))
+    script.train(small(script, tmp_path, total_steps=200, **(dict(policy_delay=3) if script is td3 else {})))
     ac, targ, _, _ = calls[0]
     assert len(calls) > 90 and len(targ) > 0
     assert all(torch.equal(p, ac["q." + name if script is sac else name]) for name, p in targ.items())
@@ -585,7 +585,7 @@ def test_as_many_updates_as_steps(script, tmp_path, monkeypatch, update_every, n
     monkeypatch.setattr(script.ReplayBuffer, "store", lambda *args: steps.append(1) or store(*args))
     monkeypatch.setattr(script, "update", spy_update)
     options = dict(update_every=update_every, num_envs=num_envs, total_steps=208, steps_per_epoch=104)
-    script.train(small_off_policy(script, tmp_path, env_id="Count-v0", exp_name="x", **options))
+    script.train(small(script, tmp_path, env_id="Count-v0", exp_name="x", **options))
     assert len(steps) == 208 and rows(tmp_path / "x/x_s0")[-1]["TotalEnvInteracts"] == "208"
     assert all(0 < n <= math.ceil(update_every / num_envs) * num_envs for n in updates.values())
     first = min(updates)
@@ -617,7 +617,7 @@ def test_ranks_share_the_test_episodes(script, monkeypatch):
 def test_test_episodes_leave_the_training_alone(script, tmp_path):
     tables, networks = [], []
     for n in (0, 3):
-        networks.append(script.train(small_off_policy(script, tmp_path, exp_name=f"x{n}", num_test_episodes=n)))
+        networks.append(script.train(small(script, tmp_path, exp_name=f"x{n}", num_test_episodes=n)))
         tables.append(rows(tmp_path / f"x{n}/x{n}_s0"))
     columns = {name for name in tables[0][0] if "Test" in name}
     assert columns == {*"AverageTestEpRet StdTestEpRet MaxTestEpRet MinTestEpRet".split()} | {
@@ -631,7 +631,7 @@ def test_test_episodes_leave_the_training_alone(script, tmp_path):
 
 
 def test_same_seed_same_rows_and_weights(script, tmp_path):
-    runs = [script.train(small_off_policy(script, tmp_path, exp_name="x", seed=seed)) for seed in (0, 0, 1)]
+    runs = [script.train(small(script, tmp_path, exp_name="x", seed=seed)) for seed in (0, 0, 1)]
     first, second, other = ([p.detach() for name, p in ac.named_parameters() if name != "log_alpha"] for ac in runs)
     a, b, c = (rows(tmp_path / "x" / name) for name in ("x_s0", "x_s0_1", "x_s1"))
     assert a == b and all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
@@ -641,7 +641,7 @@ def test_same_seed_same_rows_and_weights(script, tmp_path):
 
 def test_rows_before_the_first_update_are_blank(script, tmp_path):
     options = dict(total_steps=200, steps_per_epoch=100, update_after=150)
-    script.train(small_off_policy(script, tmp_path, exp_name="x", **options))
+    script.train(small(script, tmp_path, exp_name="x", **options))
     first, second = rows(tmp_path / "x/x_s0")
     columns = [name for name in first if name.startswith("Loss") or "Vals" in name]
     assert {"LossPi", "LossQ"} < set(columns) and {first[name] for name in columns} == {""}
@@ -667,6 +667,6 @@ def test_learns(script, tmp_path, env_id, goal, changes):
 
 def test_discrete_actions_are_refused(script, tmp_path):
     with pytest.raises(RunError) as error:
-        script.train(small_off_policy(script, tmp_path, env_id="CartPole-v1"))
+        script.train(small(script, tmp_path, env_id="CartPole-v1"))
     assert all(word in str(error.value) for word in ("CartPole-v1", "Discrete(2)", "vpg.py", "trpo.py", "ppo.py"))
     assert list(tmp_path.iterdir()) == []

@@ -38,15 +38,12 @@ from utils.run_dir import same_code
 from utils.state import State, take
 
 ALL = pytest.mark.parametrize("script", [vpg, trpo, ppo, ddpg, td3, sac], ids=lambda script: script.__name__)
-OFF_POLICY = dict(env_id="Pendulum-v1", total_steps=600, steps_per_epoch=120, start_steps=100, update_after=50)
-OFF_POLICY |= dict(hidden_sizes=(16, 16), batch_size=16, num_test_episodes=1)
 
 
 def tiny(script, folder, **changes):
     """Arguments of a run of 5 epochs, in a second or less; episodes are longer than epochs."""
-    if hasattr(script, "ReplayBuffer"):
-        return script.Args(**OFF_POLICY | dict(data_dir=str(folder)) | changes)
-    options = dict(env_id="Pendulum-v1", total_steps=600, steps_per_epoch=120, minibatch_size=30)
+    options = dict(env_id="Pendulum-v1", total_steps=600, steps_per_epoch=120)
+    options |= dict(max_ep_len=None) if hasattr(script, "ReplayBuffer") else dict(minibatch_size=30)
     return small(script, folder, **options | changes)
 
 

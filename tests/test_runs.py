@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import OFF_POLICY, ON_POLICY, ROOT, Count, rows, run, small, small_off_policy
+from conftest import OFF_POLICY, ON_POLICY, ROOT, Count, rows, run, small
 
 import ddpg
 import ppo
@@ -288,8 +288,7 @@ def test_observations_may_be_lists(tmp_path):
     gym.envs.registration.registry.pop("Lists-v0", None)
     gym.register("Lists-v0", Lists)
     for script in (ON_POLICY[0], OFF_POLICY[0]):
-        small_args = small if script in ON_POLICY else small_off_policy
-        script.train(small_args(script, tmp_path, env_id="Lists-v0"))
+        script.train(small(script, tmp_path, env_id="Lists-v0"))
 
 
 @ALL
@@ -308,7 +307,7 @@ def test_actions_belong_to_the_space(script, dtype):
 def test_off_policy_refuses_actions_without_usable_bounds(script, high, tmp_path, monkeypatch):
     monkeypatch.setattr(Count, "action_space", gym.spaces.Box(-high, high, (2,), np.float64))
     with pytest.raises(RunError, match="needs bounded actions"):
-        script.train(small_off_policy(script, tmp_path, env_id="Count-v0"))
+        script.train(small(script, tmp_path, env_id="Count-v0"))
 
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs /dev/full")
@@ -369,7 +368,7 @@ def test_wandb_offline(tmp_path):
 def test_off_policy_nan_stops_the_run_and_keeps_the_model(script, tmp_path, env_id, quantity):
     """The 150th step of the environment is in the second epoch."""
     with pytest.raises(RunError, match=rf"{quantity} is not finite at step 150\b"):
-        script.train(small_off_policy(script, tmp_path, env_id=env_id, exp_name="x", num_test_episodes=0))
+        script.train(small(script, tmp_path, env_id=env_id, exp_name="x", num_test_episodes=0))
     saved = torch.load(tmp_path / "x/x_s0/model.pt", weights_only=True)
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
     assert len(rows(tmp_path / "x/x_s0")) == 1
@@ -378,7 +377,7 @@ def test_off_policy_nan_stops_the_run_and_keeps_the_model(script, tmp_path, env_
 @ONLY_OFF_POLICY
 def test_off_policy_nan_loss_stops_the_run(script, tmp_path):
     with pytest.raises(RunError, match=r"action is not finite at step 100\b"):
-        script.train(small_off_policy(script, tmp_path, q_lr=1e38, num_test_episodes=0))
+        script.train(small(script, tmp_path, q_lr=1e38, num_test_episodes=0))
     assert not list(tmp_path.glob("**/model.pt"))
 
 
@@ -403,7 +402,7 @@ def test_off_policy_bad_input_is_refused_before_anything_is_written(script, tmp_
     gym.envs.registration.registry.pop("Unbounded-v0", None)
     gym.register("Unbounded-v0", Unbounded)
     with pytest.raises(RunError) as error:
-        script.train(small_off_policy(script, tmp_path, **changes))
+        script.train(small(script, tmp_path, **changes))
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in words), message
     assert list(tmp_path.iterdir()) == []
@@ -411,10 +410,10 @@ def test_off_policy_bad_input_is_refused_before_anything_is_written(script, tmp_
 
 @ONLY_OFF_POLICY
 def test_more_start_steps_than_steps_is_a_warning(script, tmp_path, capsys):
-    script.train(small_off_policy(script, tmp_path, start_steps=240, total_steps=130))  # two epochs of 120
+    script.train(small(script, tmp_path, start_steps=240, total_steps=130))  # two epochs of 120
     out, err = capsys.readouterr()
     assert "--start-steps 240: all 240 steps will be random" in err and "240 steps in epochs of 120" in out
-    script.train(small_off_policy(script, tmp_path, start_steps=200, total_steps=130))
+    script.train(small(script, tmp_path, start_steps=200, total_steps=130))
     assert "will be random" not in capsys.readouterr().err
 
 

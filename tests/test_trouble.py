@@ -11,7 +11,7 @@ import time
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import OFF_POLICY, ON_POLICY, ROOT, Count, rows, run, small, small_off_policy
+from conftest import OFF_POLICY, ON_POLICY, ROOT, Count, rows, run, small
 
 import ppo
 import td3
@@ -30,7 +30,7 @@ def register(name, **members):
 
 
 def arguments(script, folder, **changes):
-    return (small if script in ON_POLICY else small_off_policy)(script, folder, exp_name="x", **changes)
+    return small(script, folder, exp_name="x", **changes)
 
 
 def start(script, *options, **popen):
