@@ -6,9 +6,9 @@
 
 Peers: stable-baselines3 (TRPO: sb3-contrib), and SBX, the same algorithms in JAX (pip install stable-baselines3 sb3-contrib
 sbx-rl). Every repeat measures everything once, one after the other, each training in a process of its own, pinned to as many
-cores as it has threads; the table holds the medians over the repeats. A speed is that of whole training: acting, stepping,
-storing, updating and logging, from the end of the first epoch (of a warm-up, for peers) on, so without imports, compiling and
-first allocations. It is given in steps per second of wall time, and per second of the process's CPU time.
+cores as it has threads; the table holds the medians over the repeats, of the ratio to the fastest peer too. A speed is that of
+whole training: acting, stepping, storing, updating and logging, from the end of the first epoch (of a warm-up, for peers) on, so
+without imports, compiling and first allocations. It is given in steps per second of wall time, and of the process's CPU time.
 
 `peers' settings` are the networks, batches and updates per step of stable-baselines3's defaults, but networks of (256, 256)
 for DDPG and TD3; `own defaults` are the script's. The floor of an update is the time that its matrix products alone take at
@@ -230,7 +230,9 @@ def main(args):
         keys = {label: (script, label, threads) for label in PEERS.get(script, {})}
         peers = {median[key][0]: label for label, key in keys.items() if key in median}
         if settings == "peers' settings" and peers:
-            line += f"{peers[max(peers)]:>14}{speed[0] / max(peers):7.2f}"
+            label = peers[max(peers)]
+            pairs = zip(measured[script, settings, threads], measured[keys[label]], strict=True)
+            line += f"{label:>14}{np.median([ours[0] / theirs[0] for ours, theirs in pairs]):7.2f}"
             if script in OFF_POLICY and threads == 1:
                 line += f"{speed[0] * update_operations(script, *dims, 256) / rate:10.2f}"
         print(line)
