@@ -195,7 +195,7 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim, hidden_sizes, activation):
         super().__init__()
-        self.net = mlp([obs_dim, *hidden_sizes, 1], activation, out_gain=0.0)  # the first returns are rewards alone
+        self.net = mlp([obs_dim, *hidden_sizes, 1], activation, out_gain=1.0)
 
     def forward(self, obs):
         """obs (..., obs_dim) -> values (...)"""

@@ -26,7 +26,6 @@ class Args(ppo.Args):
         "fresh-advantages",  # computed once for all passes over a batch
         "lr-decay",  # constant learning rates
         "small-actions",  # last layer of the policy with gain 1, not 0.01
-        "zero-critic",  # last layer of the critic with gain 1, not 0
         "orthogonal",  # initial weights and biases as PyTorch draws them
         "staggering",  # first episodes that all end together
     ] = "nothing"  # what is left out
@@ -74,16 +73,12 @@ def train(args):
                 p.mul_(out_gain)
         return nn.Sequential(*layers[:-1])
 
-    def gain_of_1(instead_of):
-        return lambda sizes, activation, out_gain: mlp(sizes, activation, 1.0 if out_gain == instead_of else out_gain)
-
     changes = {
         "norm-obs": dict(ActorCritic=RawObservations),
         "norm-values": dict(ActorCritic=RawReturns),
         "fresh-advantages": dict(advantages=advantages_of_first_pass),
         "lr-decay": dict(Adam=Constant),
-        "small-actions": dict(mlp=gain_of_1(instead_of=0.01)),
-        "zero-critic": dict(mlp=gain_of_1(instead_of=0.0)),
+        "small-actions": dict(mlp=lambda sizes, activation, out_gain: mlp(sizes, activation, 1.0)),
         "orthogonal": dict(mlp=pytorch_mlp),
         "staggering": dict(Buffer=Buffer),
     }
