@@ -5,7 +5,7 @@
     adv  =  generalized advantage estimates (GAE), arXiv:1506.02438; in L_pi normalised to mean 0 and standard deviation 1
 
 Beyond the paper, after arXiv:2006.05990: normalised observations and value targets, small initial means of the actions,
-advantages computed anew for each pass over the batch, learning rates that fall to 0. The noise has a small one of its own.
+advantages computed anew for each pass over the batch, learning rates that fall to 0. The deviations have a small one of their own.
 
     python ppo.py --env-id Walker2d-v4
     mpirun -n 4 python ppo.py --env-id Walker2d-v4
@@ -44,7 +44,7 @@ class Args(RunArgs):
     gamma: Fraction = 0.99  # discount
     lam: Fraction = 0.95  # lambda of GAE
     pi_lr: Positive = 6e-4  # learning rate of the actor, falls linearly to 0
-    std_lr: Positive = 6e-5  # learning rate of the log standard deviations, falls linearly to 0; at pi_lr noise fades too soon
+    std_lr: Positive = 6e-5  # learning rate of the log standard deviations, falls linearly to 0; at pi_lr exploration ends too soon
     vf_lr: Positive = 6e-4  # learning rate of the critic, falls linearly to 0
     clip_ratio: Positive = 0.2  # eps: a ratio further than this from 1 gains nothing more
     train_iters: AtLeast1 = 10  # passes over a batch

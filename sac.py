@@ -54,7 +54,7 @@ class Args(RunArgs):
     update_after: AtLeast0 = 1000  # steps before the first update
     update_every: AtLeast1 = 50  # steps between two blocks of updates; a block has as many updates as there were steps
     alpha: Positive = 0.2  # entropy coefficient
-    autotune: bool = False  # learn alpha, from --alpha on, with the actor's learning rate
+    autotune: bool = False  # learn alpha, starting at --alpha, with the actor's learning rate
 
 
 class Batch(NamedTuple):
@@ -243,7 +243,7 @@ def update(ac, q_targ, pi_optimizer, q_optimizer, batch, args):
     act, logp = squashed_gaussian(mu, log_std, torch.randn_like(mu))
     loss_pi = policy_loss(*(q(batch.obs, act) for q in ac.q), logp, alpha)
     loss_alpha = alpha_loss(ac.log_alpha, logp.detach(), act.shape[-1]) if args.autotune else 0
-    gradient_step(pi_optimizer, loss_pi + loss_alpha)  # they share no parameters: neither has a gradient by the other's
+    gradient_step(pi_optimizer, loss_pi + loss_alpha)  # they share no parameters: neither loss has a gradient by the other's
     polyak_average(ac.q, q_targ, args.polyak)
     losses = dict(LossQ=loss_q.item(), LossPi=loss_pi.item(), LogPi=logp.mean().item(), Alpha=alpha.item())
     return dict(Q1Vals=q1.tolist(), Q2Vals=q2.tolist(), **losses)

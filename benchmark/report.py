@@ -293,16 +293,17 @@ its loss broadcasts to (B, B) without an error (`benchmark/studies/ddpg_no_squee
         extras,
         """## What PPO has beyond its paper
 
-Each addition left out of `ppo.py` alone (`benchmark/studies/ppo_without.py`), and a run of 300,000 steps, in which the learning
-rates fall to 0. Returns in training, with noise. The bars of the figure are 95% bootstrap intervals.""",
+One addition at a time is left out of `ppo.py` (`benchmark/studies/ppo_without.py`). Runs have 300,000 steps, by the end of which
+the learning rates have fallen to 0. The critic began at 0, which is no longer so. Returns in training, with noise. The bars of
+the figure are 95% bootstrap intervals.""",
     ),
     "autotune": (
         autotune,
         """## SAC's entropy coefficient
 
 Learned with `--autotune`, which starts it at 0.2 and holds the entropy at minus the number of action dimensions, or fixed at 0.2,
-the default: the benchmark's runs, cut to the study's steps. The command runs two seeds for 1,000,000 steps; so far there is one,
-on HalfCheetah with `--total-steps 200000`.""",
+the default: the benchmark's runs, cut to the study's steps. On HalfCheetah that of `--autotune` was made by `sac.py` itself, with
+`--total-steps 200000`.""",
     ),
 }
 
@@ -362,7 +363,7 @@ Six algorithms on five environments, {args.total_steps:,} environment steps, eac
 environments. `python -m benchmark.mujoco` makes the curves, `python -m benchmark.report` this page from them.
 
 - *Best point*: the highest point of the seed-averaged curve, the measure of the TD3 paper. A point of *tests* is the mean of
-  episodes without noise: off-policy 10 every 10,000 steps, on-policy 5 of some 50 models. A point of *training* is the mean
+  episodes without noise: off-policy 10 every 10,000 steps, on-policy 5 of each of some 50 models. A point of *training* is the mean
   return with noise over 10 epochs. The fewer seeds a curve is averaged over, the more noise its best point holds, and the more
   it flatters; *best 5*, the highest mean of five points in a row, flatters less.
 - *Final 10%*: the mean over the last 10% of the steps, of the same returns; *in training* of those with noise.
@@ -370,7 +371,7 @@ environments. `python -m benchmark.mujoco` makes the curves, `python -m benchmar
 - ±: the standard deviation over the seeds.
 - *Best published*: the highest mean that we know for the algorithm at {args.total_steps:,} steps, from `benchmark/published.csv`;
   for VPG that of A2C, a policy gradient with a critic as ours is. The on-policy ones come from tests with noise (Tianshou),
-  tests without noise (TD3 paper) or training (the others), so that a ratio of ours from tests compares with others' noise.
+  tests without noise (TD3 paper) or training (Baselines, Spinning Up), or it is not said (XuanCe): ours are mostly without noise.
 - *Ratio*: our best point divided by the best published, rounded down, bold where it falls short.
 
 Best point / best published (ratio):
