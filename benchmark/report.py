@@ -48,19 +48,15 @@ class Cell:
 
     def __post_init__(self):
         if self.experiment:
-            tests = self.experiment.tests()
-            self.tested = not tests.empty
-            self.curves = tests if self.tested else self.experiment.curves()
-            rets = tests if self.tested else self.experiment.curves(window=1)
-            self.mean, self.seeds = self.curves.mean(axis=1, skipna=False), self.curves.shape[1]
+            self.curves, training = self.experiment.tests(), self.experiment.curves(window=1).mean(axis=1)
+            self.mean, self.seeds = self.curves.mean(axis=1), self.curves.shape[1]
             self.steady = self.mean.rolling(5).mean().max()
             self.at_best = self.curves.loc[self.mean.idxmax()].to_numpy()  # (seeds,): returns where the mean is highest
             self.best, self.std = self.at_best.mean(), self.at_best.std()
-            finals = rets[rets.index > 0.9 * rets.index[-1]].mean()
+            finals, trained = self.curves[self.curves.index > 0.9 * self.curves.index[-1]].mean(), self.curves.iloc[-1]
             self.final, self.final_std = finals.mean(), finals.std(ddof=0)
-            training = self.experiment.curves(window=1)
-            self.training = training[training.index > 0.9 * training.index[-1]].mean().mean()
-            self.trained, self.trained_std = self.experiment.trained.mean(), self.experiment.trained.std()
+            self.training = training[training.index > 0.9 * training.index[-1]].mean()
+            self.trained, self.trained_std = trained.mean(), trained.std(ddof=0)
             self.ratio = self.best / self.published
 
 
@@ -80,8 +76,8 @@ def has_defaults(config, but=()):
 
 
 def load_cells(args):
-    """All cells, by family. Runs with other arguments than their script's own do not count, and where two kinds of run are left,
-    those with the fewer seeds; stderr names both."""
+    """All cells, by family. Runs without tests or with other arguments than their script's own do not count, and where two kinds
+    of run are left, those with the fewer seeds; stderr names them."""
     if not args.published.exists():
         raise RunError(f"--published {args.published}: there is no such file")
     published, found = pd.read_csv(args.published), {}
@@ -90,10 +86,10 @@ def load_cells(args):
         config = experiment.config
         key = config["script"], config["env_id"]
         planned = config["script"] in ON_POLICY + OFF_POLICY and config["total_steps"] == args.total_steps
-        if planned and key not in found and has_defaults(config):
+        if planned and key not in found and has_defaults(config) and not experiment.tests().empty:
             found[key] = experiment
         else:
-            print(f"left out, other arguments or ranks: {' '.join(key)}, seeds {sorted(experiment.runs)}", file=sys.stderr)
+            print(f"left out, other arguments, ranks or no tests: {' '.join(key)}, seeds {sorted(experiment.runs)}", file=sys.stderr)
 
     def cell(script, env_id):
         algo = Path(script).stem
@@ -118,8 +114,7 @@ def interval(scores, resamples=2000):
 
 
 def learning_curves(families):
-    """The figure of all curves, those that are scored: a row for each family, a column for each environment; dashed, the best
-    published."""
+    """The figure of all curves: a row for each family, a column for each environment; dashed, the best published."""
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(11, 4.6), layout="constrained")
         axes = fig.subplots(len(families), len(ENV_IDS), squeeze=False)
@@ -130,7 +125,7 @@ def learning_curves(families):
             for ax, env_id in zip(row, ENV_IDS, strict=True):
                 there = [cell for cell in cells if cell.env_id == env_id and cell.experiment]
                 for cell in there:
-                    curves, color = cell.curves.dropna(), COLORS[algos.index(cell.algo)]
+                    curves, color = cell.curves, COLORS[algos.index(cell.algo)]
                     x, mean, std = curves.index / 1e6, curves.mean(axis=1), curves.std(axis=1, ddof=0)
                     ax.plot(x, mean, color=color, label=cell.algo.upper())
                     ax.fill_between(x, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
@@ -211,12 +206,12 @@ def cell_table(cells):
             best = with_deviation(cell.best, cell.std, cell.seeds)
             final = with_deviation(cell.final, cell.final_std, cell.seeds)
             trained = with_deviation(cell.trained, cell.trained_std, cell.seeds)
-            noisy = number(cell.training) if cell.tested and f"{cell.algo}.py" in ON_POLICY else ""
-            points = [best, "tests" if cell.tested else "training", number(cell.steady), final, noisy, trained]
+            noisy = number(cell.training) if f"{cell.algo}.py" in ON_POLICY else ""
+            points = [best, number(cell.steady), final, trained, noisy]
             rows.append([*name, cell.seeds, *points, number(cell.published), cell.source, ratio(cell)])
         else:
-            rows.append([*name, 0, *[""] * 6, number(cell.published), cell.source, "missing"])
-    points = ["best point", "in", "best 5", "final 10%", "in training", "trained"]
+            rows.append([*name, 0, *[""] * 5, number(cell.published), cell.source, "missing"])
+    points = ["best point", "best 5", "final 10%", "trained", "in training"]
     return table(["", "environment", "seeds", *points, "best published", "by", "ratio"], rows)
 
 
@@ -362,16 +357,15 @@ def write(args):
 Six algorithms on five environments, {args.total_steps:,} environment steps, each file's own defaults, the same on all
 environments. `python -m benchmark.mujoco` makes the curves, `python -m benchmark.report` this page from them.
 
-- *Best point*: the highest point of the seed-averaged curve, the measure of the TD3 paper. A point of *tests* is the mean of
-  episodes without noise: off-policy 10 every 10,000 steps, on-policy 5 of each of some 50 models. A point of *training* is the mean
-  return with noise over 10 epochs. The fewer seeds a curve is averaged over, the more noise its best point holds, and the more
-  it flatters; *best 5*, the highest mean of five points in a row, flatters less.
-- *Final 10%*: the mean over the last 10% of the steps, of the same returns; *in training* of those with noise.
-- *Trained*: what the trained policies return without noise, in 10 episodes, on-policy too; blank where it was not tested.
+- *Best point*: the highest point of the seed-averaged curve, the measure of the TD3 paper. A point is the mean of test episodes
+  without noise: off-policy 10 every 10,000 steps, on-policy 5 of some 50 models. The fewer seeds a curve is averaged over, the
+  more noise its best point holds, and the more it flatters; *best 5*, the highest mean of five points in a row, flatters less.
+- *Final 10%*: the mean over the last 10% of the steps; *in training*, of the returns in training, with noise.
+- *Trained*: the last point, of the trained policies, on-policy too of 10 episodes.
 - ±: the standard deviation over the seeds.
 - *Best published*: the highest mean that we know for the algorithm at {args.total_steps:,} steps, from `benchmark/published.csv`;
   for VPG that of A2C, a policy gradient with a critic as ours is. The on-policy ones come from tests with noise (Tianshou),
-  tests without noise (TD3 paper) or training (Baselines, Spinning Up), or it is not said (XuanCe): ours are mostly without noise.
+  tests without noise (TD3 paper) or training (Baselines, Spinning Up), or it is not said (XuanCe).
 - *Ratio*: our best point divided by the best published, rounded down, bold where it falls short.
 
 Best point / best published (ratio):
@@ -386,7 +380,7 @@ Best point / best published (ratio):
     lines += [
         """![Learning curves](curves.png)
 
-Means and standard deviations over the seeds, of tests where the tables say so, else of training; dashed, the best published.
+Means and standard deviations over the seeds; dashed, the best published.
 
 Interquartile mean, over all runs, of the return at the best point of its cell (an algorithm on an environment) divided by the best
 published; interval: bootstrap over each cell's seeds (arXiv:2108.13264), too narrow where a cell has one or two:

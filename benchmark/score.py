@@ -46,12 +46,6 @@ class Experiment:
     def config(self):
         return next(iter(self.runs.values())).config
 
-    @property
-    def trained(self):
-        """Array (seeds,): the mean returns of the trained policies without noise; NaN where they were not tested."""
-        tests = "ret" if self.config.get("num_test_episodes") else "test_ret"
-        return np.array([run.rows.iloc[-1].get(tests, np.nan) for run in self.runs.values()])
-
     def curves(self, window=10):
         """DataFrame: a row for each point, indexed by its environment steps; a column for each seed."""
         window = 1 if self.config.get("num_test_episodes") else window
@@ -60,12 +54,11 @@ class Experiment:
         return points.iloc[min(window, *map(len, rets.values())) - 1 :]
 
     def tests(self):
-        """Such a DataFrame of the tests without noise. On-policy the models that were kept; empty if fewer than 5."""
+        """Such a DataFrame of the tests without noise, on-policy of the models that were kept; empty if none was tested."""
         if self.config.get("num_test_episodes"):
-            return self.curves()
+            return self.curves().dropna()
         rets = {seed: run.rows.set_index("steps").get("test_ret", pd.Series()) for seed, run in sorted(self.runs.items())}
-        points = pd.DataFrame(rets).dropna()
-        return points if len(points) >= 5 else points[:0]
+        return pd.DataFrame(rets).dropna()
 
 
 def load(*paths):

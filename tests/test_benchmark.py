@@ -197,28 +197,29 @@ def results(tmp_path):
     (tmp_path / "published.csv").write_text(PUBLISHED)
     (tmp_path / "results").mkdir()
 
-    def keep(script, env_id, seed, rets, test_ret=None, **config):
+    def keep(script, env_id, seed, rets, tests=None, **config):
+        """tests: from the epoch, the first being 1, to the return without noise of the model kept there; on-policy only."""
         name = f"{script}_{env_id}_s{seed}" + "_other" * bool(config.get("gamma"))
         step = 1_000_000 // len(rets)
-        rows = [f"{step * (k + 1)},{ret},1.0" for k, ret in enumerate(rets)]
-        rows.insert(0, "steps,ret,steps_per_sec")
-        if test_ret is not None:
-            rows = [f"{row},{end}" for row, end in zip(rows, ["test_ret", *[""] * (len(rets) - 1), test_ret], strict=True)]
-        (tmp_path / "results" / f"{name}.csv").write_text("\n".join(rows) + "\n")
+        rows = pd.DataFrame({"steps": [step * (k + 1) for k in range(len(rets))], "ret": rets, "steps_per_sec": 1.0})
+        if tests:
+            rows["test_ret"] = (rows.index + 1).map(tests)
+        rows.to_csv(tmp_path / "results" / f"{name}.csv", index=False)
         own = asdict(importlib.import_module(script).Args(env_id=env_id, seed=seed))
         config = json.loads(json.dumps(own)) | dict(script=f"{script}.py", git_commit=f"abc{seed}") | config
         (tmp_path / "results" / f"{name}.json").write_text(json.dumps(config))
 
-    # points are means over 10 epochs: the first is the mean of epochs 1 to 10
-    keep("ppo", "Hopper-v4", 0, [10] * 10 + [20] * 10, test_ret=30)  # points rise from 10 to 20
-    keep("ppo", "Hopper-v4", 1, [40] * 10 + [0] * 10, test_ret=36)  # points fall from 40 to 0
-    keep("ppo", "Hopper-v4", 0, [100] * 20, gamma=0.5)  # other arguments than the script's own
-    keep("ppo", "Swimmer-v4", 0, [7] * 20, total_steps=2_000_000)
-    keep("vpg", "Hopper-v4", 0, [3] * 20)  # for which nothing is published here
+    # where both were tested, their means are 5, 4, 25, 5, 20
+    keep("ppo", "Hopper-v4", 0, [10] * 10 + [20] * 10, {4: 2, 8: 4, 12: 40, 16: 6, 20: 30})
+    keep("ppo", "Hopper-v4", 1, [40] * 10 + [0] * 10, {2: 99, 4: 8, 8: 4, 12: 10, 16: 4, 20: 10})
+    keep("ppo", "Hopper-v4", 0, [100] * 20, {20: 100}, gamma=0.5)  # other arguments than the script's own
+    keep("ppo", "Swimmer-v4", 0, [7] * 20, {20: 7}, total_steps=2_000_000)
+    keep("vpg", "Hopper-v4", 0, [1] * 20, {20: 3})  # for which nothing is published here
+    keep("vpg", "Ant-v4", 0, [3] * 20)  # no test
     keep("ppo", "Ant-v4", 0, [""] * 20)  # no episode ended
     (tmp_path / "results" / "ppo_Ant-v4_s1.csv").write_text("")
     (tmp_path / "results" / "ppo_Ant-v4_s2.csv").write_text("steps,ret,steps_per_sec\n")
-    keep("ppo", "Walker2d-v4", 0, [1, 3] * 10)
+    keep("ppo", "Walker2d-v4", 0, [1, 4] * 10, {k: 2 - k % 2 for k in range(1, 21)})
     resumed = [dict(git_commit="1234567890abcdef-dirty")]
     keep("sac", "Hopper-v4", 0, [1, 2, 16, 4, 4, 4, 4, 4, 4, 5], num_test_episodes=10, resumed=resumed)
     return tmp_path
@@ -233,30 +234,18 @@ def test_cells(results, capsys):
     assert [len(cells) for cells in families.values()] == [15, 15]
     cells = {(cell.algo, cell.env_id): cell for cells in families.values() for cell in cells}
     hopper, walker, sac = (cells[key] for key in [("ppo", "Hopper-v4"), ("ppo", "Walker2d-v4"), ("sac", "Hopper-v4")])
-    # seed 0: 10 + k, seed 1: 40 - 4 k after k more epochs: the mean falls from (10 + 40) / 2
     assert (hopper.seeds, hopper.best, hopper.std, hopper.published) == (2, 25, 15, 20)
     assert hopper.source == "A (read off a curve)"
-    assert hopper.final == np.mean([20, 20, 0, 0])  # the last 2 of 20 epochs themselves, not the means over 10 that end there
-    assert hopper.ratio == 1.25
-    assert (walker.best, walker.ratio) == (2, 0.5)
-    assert (sac.best, sac.final, sac.ratio) == (16, 5, 2)  # single tests count, not windows
+    assert (hopper.steady, hopper.final, hopper.training, hopper.ratio) == (59 / 5, 20, 10, 1.25)
+    assert (walker.best, walker.final, walker.trained, walker.training, walker.ratio) == (2, 1.5, 2, 2.5, 0.5)  # final: 2 of 20
+    assert (sac.best, sac.final, sac.ratio) == (16, 5, 2)
     assert sum(cell.experiment is None for cell in cells.values()) == 26
     errors = capsys.readouterr().err
-    assert "left out, other arguments or ranks: ppo.py Hopper-v4, seeds [0]" in errors
+    assert "left out, other arguments, ranks or no tests: ppo.py Hopper-v4, seeds [0]" in errors
+    assert "left out, other arguments, ranks or no tests: vpg.py Ant-v4, seeds [0]" in errors
     assert "left out, not finished: ppo_Swimmer-v4_s0" in errors
     for seed in range(3):
         assert re.search(rf"left out, .*ppo_Ant-v4_s{seed}", errors)
-
-
-def test_kept_models_that_were_tested_are_the_points(results):
-    """From five on; the mean of both seeds, where both have one, is highest at the third."""
-    for seed, tests in enumerate(([1, 2, 9, 4, 5, 6], [2, 4, 6, 8, 3, 6])):
-        rows = [f"{50_000 * k},{k},1.0,{tests[k // 3 - 1] if k % 3 == 0 else ''}" for k in range(1, 21)]
-        (results / f"results/ppo_Hopper-v4_s{seed}.csv").write_text("\n".join(["steps,ret,steps_per_sec,test_ret", *rows, ""]))
-    cells = {(cell.algo, cell.env_id): cell for cells in load_cells(arguments(results)).values() for cell in cells}
-    cell = cells["ppo", "Hopper-v4"]
-    assert (cell.tested, cell.best, cell.std, cell.final) == (True, 7.5, 1.5, 6)
-    assert cell.steady == pytest.approx((3 + 7.5 + 6 + 4 + 6) / 5)
 
 
 def test_the_kind_of_run_with_the_most_seeds_is_the_cell(results, capsys):
@@ -267,10 +256,10 @@ def test_the_kind_of_run_with_the_most_seeds_is_the_cell(results, capsys):
         (results / f"results/mine_s{seed}.json").write_text(json.dumps(config | dict(seed=seed, script="my_ppo.py")))
         shutil.copy(results / "results/ppo_Hopper-v4_s1.csv", results / f"results/mine_s{seed}.csv")
     cells = {(cell.algo, cell.env_id): cell for cells in load_cells(arguments(results)).values() for cell in cells}
-    assert (cells["ppo", "Hopper-v4"].seeds, cells["ppo", "Hopper-v4"].best) == (3, 40)
+    assert (cells["ppo", "Hopper-v4"].seeds, cells["ppo", "Hopper-v4"].best) == (3, 99)
     errors = capsys.readouterr().err
-    assert "left out, other arguments or ranks: ppo.py Hopper-v4, seeds [0, 1]" in errors
-    assert "left out, other arguments or ranks: my_ppo.py Hopper-v4, seeds [0, 1, 2]" in errors
+    assert "left out, other arguments, ranks or no tests: ppo.py Hopper-v4, seeds [0, 1]" in errors
+    assert "left out, other arguments, ranks or no tests: my_ppo.py Hopper-v4, seeds [0, 1, 2]" in errors
 
 
 def test_a_ratio_is_rounded_down():
@@ -313,10 +302,10 @@ def test_the_report_says_what_is_missing(results, capsys):
     assert "VPG HalfCheetah-v4" in text.split("Missing: ")[1].splitlines()[0]
     assert "benchmark.mujoco --suite value-fits" in text
     assert "benchmark.mujoco --suite broadcast" in text
-    assert "| PPO | Walker2d-v4 | 1 | 2.0 | training | 2.0 | 2.0 |  |  | 4.0 | A | **0.50** |" in text  # it was not tested
-    hopper = "| PPO | Hopper-v4 | 2 | 25.0 ± 15.0 | training | 22.0 | 10.0 ± 10.0 |  | 33.0 ± 3.0 | 20.0 | A (read off a curve) | 1.25 |"
-    assert hopper in text  # the mean of 25, 23.5, ... 19
-    assert "| SAC | Hopper-v4 | 1 | 16.0 | tests | 6.4 | 5.0 |  | 5.0 | 8.0 | A | 2.00 |" in text  # (4 + 16 + 4 + 4 + 4) / 5
+    hopper = "| PPO | Hopper-v4 | 2 | 25.0 ± 15.0 | 11.8 | 20.0 ± 10.0 | 20.0 ± 10.0 | 10.0 | 20.0 | A (read off a curve) | 1.25 |"
+    assert hopper in text
+    assert "| PPO | Walker2d-v4 | 1 | 2.0 | 1.6 | 1.5 | 2.0 | 2.5 | 4.0 | A | **0.50** |" in text
+    assert "| SAC | Hopper-v4 | 1 | 16.0 | 6.4 | 5.0 | 5.0 |  | 8.0 | A | 2.00 |" in text  # (4 + 16 + 4 + 4 + 4) / 5
     assert "| SAC | Hopper-v4 | 3.0 | 1,000,000 | 300,000 | 5000.0 |" in text  # one step a second
     assert "| PPO | Walker2d-v4 | 9.0 | 8,000,000 | not reached |  |" in text
     assert (results / "results/curves.png").stat().st_size > 10_000
