@@ -40,7 +40,7 @@ class Args(RunArgs):
     num_envs: EnvsOfRanks = 1  # environments, stepped one after the other; at least one per MPI process
     max_ep_len: AtLeast1 | None = None  # steps until an episode is truncated; default: the environment's own limit
     num_test_episodes: AtLeast0 = 10  # deterministic episodes at the end of each epoch
-    avg_share: Fraction = 0.02  # the policy in tests is an average over about this share of the steps so far; 0: no average
+    avg_share: Fraction = 0.01  # the policy in tests is an average over about this share of the steps so far; 0: no average
     hidden_sizes: tuple[AtLeast1, ...] = (256, 256)  # widths of the hidden layers, of the actor and of the critic
     activation: Literal["tanh", "relu", "elu"] = "relu"  # activation of the hidden layers
     gamma: Fraction = 0.99  # discount
