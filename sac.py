@@ -7,7 +7,6 @@
               after which the target critics q_i_targ follow by Polyak averaging
     L_alpha = -mean log(alpha) (log pi(a|obs) - act_dim),   with --autotune: entropy is held at -act_dim
 
-Tests, and whoever acts without noise, take pi_avg, an average of the latest policies' weights, which no update uses.
 Actions are scaled so that each dimension's bounds are -1 and 1: policy, critics and entropy are in these units.
 
     python sac.py --env-id Walker2d-v4
@@ -43,7 +42,6 @@ class Args(RunArgs):
     num_envs: EnvsOfRanks = 1  # environments, stepped one after the other; at least one per MPI process
     max_ep_len: AtLeast1 | None = None  # steps until an episode is truncated; default: the environment's own limit
     num_test_episodes: AtLeast0 = 10  # deterministic episodes at the end of each epoch
-    avg_share: Fraction = 0.01  # the policy in tests is an average over about this share of the steps so far; 0: no average
     hidden_sizes: tuple[AtLeast1, ...] = (256, 256)  # widths of the hidden layers, of the actor and of each critic
     activation: Literal["tanh", "relu", "elu"] = "relu"  # activation of the hidden layers
     gamma: Fraction = 0.99  # discount
@@ -156,7 +154,6 @@ class ActorCritic(nn.Module):
         activation = {"tanh": nn.Tanh, "relu": partial(nn.ReLU, inplace=True), "elu": nn.ELU}[args.activation]
         sizes = (obs_space.shape[0], act_space.shape[0], args.hidden_sizes, activation)
         self.pi, self.q = Actor(*sizes), nn.ModuleList([Critic(*sizes), Critic(*sizes)])
-        self.pi_avg = copy.deepcopy(self.pi).requires_grad_(False)  # the deterministic policy
         self.log_alpha = nn.Parameter(torch.tensor(float(args.alpha)).log(), requires_grad=args.autotune)
         self.device = torch.device(args.device)
         self.act_space = act_space
@@ -167,8 +164,7 @@ class ActorCritic(nn.Module):
     @torch.no_grad()
     def sample(self, obs, deterministic=False):
         """obs: array (N, obs_dim) -> the policy's actions: tensor (N, act_dim) within -1 and 1"""
-        pi = self.pi_avg if deterministic else self.pi
-        mu, log_std = pi(torch.as_tensor(obs, dtype=torch.float32, device=self.device))
+        mu, log_std = self.pi(torch.as_tensor(obs, dtype=torch.float32, device=self.device))
         return torch.tanh(mu if deterministic else mu + log_std.exp() * torch.randn_like(mu))
 
     def to_env(self, act):
@@ -220,14 +216,6 @@ def polyak_average(module, target, polyak):
     """target <- polyak target + (1 - polyak) module"""
     for p, p_targ in zip(module.parameters(), target.parameters(), strict=True):
         p_targ.lerp_(p, 1 - polyak)
-
-
-def average_policy(ac, new_steps, steps, share):
-    """pi_avg <- pi_avg + (pi - pi_avg) new_steps / (share steps): the average over about the last `share` of all steps
-
-    Polynomial-decay averaging, arXiv:1212.1824.
-    """
-    polyak_average(ac.pi, ac.pi_avg, 1 - new_steps / max(new_steps, share * steps))
 
 
 def gradient_step(optimizer, loss):
@@ -301,7 +289,6 @@ def train(args):
                     for _ in range(start, buffer.steps):  # as many updates as steps
                         batch = buffer.sample(args.batch_size // ranks, ac.device)
                         metrics |= update(ac, q_targ, pi_optimizer, q_optimizer, batch, args)
-                    average_policy(ac, buffer.steps - start, buffer.steps, args.avg_share)
                 # metrics of the last update
                 logger.store(EpRet=ep_rets, EpLen=ep_lens, TotalEnvInteracts=buffer.steps, **metrics)
             test_rets, test_lens = test(ac, test_env, args.num_test_episodes)

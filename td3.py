@@ -5,7 +5,6 @@
     L_q      = sum_i mean (q_i(obs, act) - target)^2
     L_pi     = -mean q1(obs, pi(obs)),   every policy_delay updates, after which the targets follow by Polyak averaging
 
-Tests, and whoever acts without noise, take pi_avg, an average of the latest policies' weights, which no update uses.
 Actions are scaled so that each dimension's bounds are -1 and 1: policy, critics and noise are in these units.
 
     python td3.py --env-id Walker2d-v4
@@ -40,7 +39,6 @@ class Args(RunArgs):
     num_envs: EnvsOfRanks = 1  # environments, stepped one after the other; at least one per MPI process
     max_ep_len: AtLeast1 | None = None  # steps until an episode is truncated; default: the environment's own limit
     num_test_episodes: AtLeast0 = 10  # deterministic episodes at the end of each epoch
-    avg_share: Fraction = 0.01  # the policy in tests is an average over about this share of the steps so far; 0: no average
     hidden_sizes: tuple[AtLeast1, ...] = (256, 256)  # widths of the hidden layers, of the actor and of each critic
     activation: Literal["tanh", "relu", "elu"] = "relu"  # activation of the hidden layers
     gamma: Fraction = 0.99  # discount
@@ -154,7 +152,6 @@ class ActorCritic(nn.Module):
         activation = {"tanh": nn.Tanh, "relu": partial(nn.ReLU, inplace=True), "elu": nn.ELU}[args.activation]
         sizes = (obs_space.shape[0], act_space.shape[0], args.hidden_sizes, activation)
         self.pi, self.q = Actor(*sizes), nn.ModuleList([Critic(*sizes), Critic(*sizes)])
-        self.pi_avg = copy.deepcopy(self.pi).requires_grad_(False)  # the deterministic policy
         self.act_noise, self.device = args.act_noise, torch.device(args.device)
         self.act_space = act_space
         low, high = act_space.low.astype(np.float32), act_space.high.astype(np.float32)
@@ -164,8 +161,7 @@ class ActorCritic(nn.Module):
     @torch.no_grad()
     def sample(self, obs, deterministic=False):
         """obs: array (N, obs_dim) -> the policy's actions: tensor (N, act_dim) within -1 and 1, with noise for exploration"""
-        pi = self.pi_avg if deterministic else self.pi
-        act = pi(torch.as_tensor(obs, dtype=torch.float32, device=self.device))
+        act = self.pi(torch.as_tensor(obs, dtype=torch.float32, device=self.device))
         return act if deterministic else (act + self.act_noise * torch.randn_like(act)).clamp(-1, 1)
 
     def to_env(self, act):
@@ -205,14 +201,6 @@ def polyak_average(module, target, polyak):
     """target <- polyak target + (1 - polyak) module"""
     for p, p_targ in zip(module.parameters(), target.parameters(), strict=True):
         p_targ.lerp_(p, 1 - polyak)
-
-
-def average_policy(ac, new_steps, steps, share):
-    """pi_avg <- pi_avg + (pi - pi_avg) new_steps / (share steps): the average over about the last `share` of all steps
-
-    Polynomial-decay averaging, arXiv:1212.1824.
-    """
-    polyak_average(ac.pi, ac.pi_avg, 1 - new_steps / max(new_steps, share * steps))
 
 
 def gradient_step(optimizer, loss):
@@ -283,7 +271,6 @@ def train(args):
                     for step in range(start + 1, buffer.steps + 1):  # as many updates as steps
                         batch = buffer.sample(args.batch_size // ranks, ac.device)
                         metrics |= update(ac, ac_targ, pi_optimizer, q_optimizer, batch, args, step % args.policy_delay == 0)
-                    average_policy(ac, buffer.steps - start, buffer.steps, args.avg_share)
                 # metrics of the last update
                 logger.store(EpRet=ep_rets, EpLen=ep_lens, TotalEnvInteracts=buffer.steps, **metrics)
             test_rets, test_lens = test(ac, test_env, args.num_test_episodes)

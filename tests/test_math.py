@@ -518,8 +518,7 @@ def test_line_search_restores_the_parameters_when_nothing_helps():
 COPIES = [
     (ON_POLICY, "Batch Buffer RunningStats mlp Gaussian Actor Critic ActorCritic gae advantages value_loss minibatches"),
     (ON_POLICY[::2], "approx_kl"),
-    (OFF_POLICY, "Batch ReplayBuffer mlp Critic ActorCritic.to_env ActorCritic.act gradient_step test"),
-    (OFF_POLICY, "polyak_average average_policy"),
+    (OFF_POLICY, "Batch ReplayBuffer mlp Critic ActorCritic.to_env ActorCritic.act polyak_average gradient_step test"),
     (OFF_POLICY[:2], "Actor ActorCritic.sample"),
     (OFF_POLICY[1:], "q_loss"),
 ]

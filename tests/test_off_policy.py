@@ -218,8 +218,7 @@ def test_learning_rates(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "update", spy)
     options = dict(autotune=True) if script is sac else {}
     ac = script.train(small(script, tmp_path, total_steps=120, pi_lr=2e-3, q_lr=3e-3, **options))
-    learned = {name for name in weights(ac) if not name.startswith("pi_avg.")}
-    assert rates == {name: 3e-3 if name.startswith("q") else 2e-3 for name in learned}
+    assert rates == {name: 3e-3 if name.startswith("q") else 2e-3 for name, _ in ac.named_parameters()}
 
 
 def test_each_step_leaves_the_other_networks_and_their_gradients_alone(script, monkeypatch):
@@ -410,7 +409,6 @@ def acting(script, act_space=Asymmetric.action_space, **changes):
     with torch.no_grad():
         ac.pi.net[-1].weight.zero_()
         ac.pi.net[-1].bias[:2] = torch.atanh(torch.tensor([0.5, -0.25]))
-    ac.pi_avg = copy.deepcopy(ac.pi)
     return ac
 
 
@@ -507,8 +505,7 @@ def test_deterministic_actions_have_no_noise(script):
     learner = Learner(script)
     learner.ac.float()
     obs = np.random.default_rng(0).normal(size=(20, 3))
-    act = np.tanh(forward(learner.ac.pi_avg.net, obs)[:, :2])
-    learner.ac.pi = None
+    act = np.tanh(forward(learner.ac.pi.net, obs)[:, :2])
     assert learner.ac.act(obs, deterministic=True) == pytest.approx(MIDDLE + HALF_WIDTH * act, abs=1e-5)
 
 
@@ -569,29 +566,7 @@ def test_targets_start_equal_and_follow_in_a_run(script, tmp_path, monkeypatch):
     for k, (ac, targ, changes, targ_changes) in enumerate(calls):
         turn = script is not td3 or k % 3 == first
         assert changes == {name for name in ac if name.startswith("q.") or turn and name.startswith("pi.")}
-        followers = {name for name in targ if not name.startswith("pi_avg.")}
-        assert targ_changes & followers == (followers if turn else set())
-
-
-@pytest.mark.parametrize("share", [0.2, 0.0])
-def test_tested_policy_is_an_average_of_the_latest(script, share, tmp_path, monkeypatch):
-    """Each block of n updates counts as n / (share * steps), at most 1, and all before it as the rest."""
-    average, calls = script.average_policy, []
-
-    def spy(ac, *numbers):
-        average(ac, *numbers)
-        calls.append((*numbers, weights(ac.pi)))
-
-    monkeypatch.setattr(script, "average_policy", spy)
-    options = dict(total_steps=600, update_every=20, pi_lr=0.01, avg_share=share)
-    ac = script.train(small(script, tmp_path, **options))
-    assert [call[:3] for call in calls] == [(20, steps, share) for steps in range(100, 601, 20)]
-    counts = np.minimum(1, [20 / max(share * steps, 1e-9) for steps in range(100, 601, 20)])
-    parts = [count * np.prod(1 - counts[k + 1 :]) for k, count in enumerate(counts)]
-    assert sum(parts) == pytest.approx(1)
-    for name, p in ac.pi_avg.named_parameters():
-        assert torch.allclose(p, sum(part * call[3][name] for part, call in zip(parts, calls, strict=True)), atol=1e-5)
-        assert torch.equal(p, calls[-1][3][name]) == (share == 0)
+        assert targ_changes == (set(targ) if turn else set())
 
 
 # Whole runs
