@@ -1,6 +1,7 @@
 """Small environments with known numbers, and helpers to run the scripts as a user does."""
 
 import difflib
+import json
 import os
 import pathlib
 import shutil
@@ -22,9 +23,13 @@ import sac  # noqa: E402
 import td3  # noqa: E402
 import trpo  # noqa: E402
 import vpg  # noqa: E402
+from utils.envs import make_env  # noqa: E402
+from utils.evaluate import Policy, play  # noqa: E402
 
 ON_POLICY = [vpg, trpo, ppo]
 OFF_POLICY = [ddpg, td3, sac]
+ALL = pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY, ids=lambda script: script.__name__)
+BOTH = pytest.mark.parametrize("script", [ppo, td3], ids=lambda script: script.__name__)  # a file of each family
 
 
 def pytest_addoption(parser):
@@ -96,6 +101,22 @@ gym.register("Broken-v0", lambda **options: Broken(**options))
 gym.register("BrokenObs-v0", lambda **options: Broken(where="observation", bad=float("inf"), **options))
 
 
+def register(name, **members):
+    """An environment that is Count with other members."""
+    gym.envs.registration.registry.pop(name, None)
+    gym.register(name, lambda **options: type("Mine", (Count,), members)(**options))
+
+
+class Trap:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
 @pytest.fixture(params=ON_POLICY, ids=lambda script: script.__name__)
 def script(request):
     return request.param
@@ -122,3 +143,24 @@ def rows(run_dir, without=("Time", "StepsPerSec")):
     header, *lines = (pathlib.Path(run_dir) / "progress.txt").read_text().splitlines()
     names = header.split("\t")
     return [{n: v for n, v in zip(names, line.split("\t"), strict=True) if n not in without} for line in lines]
+
+
+def run_dir(folder):
+    """The one run directory of seed 0 in a data directory."""
+    (path,) = pathlib.Path(folder).glob("*/*_s0")
+    return path
+
+
+def write_run(path, returns, **config):
+    """A run directory of 4,000 steps as planned, with a row every 1,000; `returns` are its cells of AverageEpRet."""
+    path.mkdir(parents=True)
+    lines = [f"{k}\t{ret}\t{1000 * (k + 1)}\t10.0" for k, ret in enumerate(returns)]
+    (path / "progress.txt").write_text("\n".join(["Epoch\tAverageEpRet\tTotalEnvInteracts\tStepsPerSec", *lines]) + "\n")
+    config = dict(env_id="X-v0", seed=0, script="ppo.py", gamma=0.9, total_steps=4000) | config
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def score(ac, env_id):
+    """Mean return of ten deterministic episodes, the same ones every time."""
+    return np.mean([ret for ret, _ in play(make_env(env_id), Policy(ac, deterministic=True), 10)])

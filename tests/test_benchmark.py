@@ -38,7 +38,7 @@ from benchmark.report import (
     write,
 )
 from benchmark.studies import ppo_without
-from utils.evaluate import load_policy
+from utils.evaluate import load_policy, play
 from utils.process import RunError
 
 
@@ -69,15 +69,7 @@ def test_the_benchmark_makes_what_is_missing(tmp_path, capfd):
     rows = [line.split(",") for line in kept[files[0]].splitlines()[1:]]
     assert [row[0] for row in rows] == ["512", "1024", "1536", "2048"]
     env, act = load_policy(tmp_path / "data/vpg_InvertedPendulum-v4/vpg_InvertedPendulum-v4_s0")
-    returns = []
-    for k in range(10):
-        seed = int(np.random.SeedSequence([0, k]).generate_state(2)[0])
-        (obs, _), done, ret = env.reset(seed=seed), False, 0
-        while not done:
-            mean = act.module.pi(act.module.normalise(obs[None])).mean[0].detach().numpy()
-            obs, rew, terminated, truncated, _ = env.step(np.clip(3 * mean, -3, 3))  # the bounds of this environment
-            ret, done = ret + rew, terminated or truncated
-        returns.append(ret)
+    returns = [ret for ret, _ in play(env, act, 10, deterministic=True)]
     assert [row[3] for row in rows[1:]] == ["", "", f"{np.mean(returns):.1f}"]  # the trained policy, without noise
     assert 0 < float(rows[0][3]) < 100  # the model that was kept after the first epoch
 
@@ -232,14 +224,7 @@ def arguments(folder):
 def test_cells(results, capsys):
     families = load_cells(arguments(results))
     assert [len(cells) for cells in families.values()] == [15, 15]
-    cells = {(cell.algo, cell.env_id): cell for cells in families.values() for cell in cells}
-    hopper, walker, sac = (cells[key] for key in [("ppo", "Hopper-v4"), ("ppo", "Walker2d-v4"), ("sac", "Hopper-v4")])
-    assert (hopper.seeds, hopper.best, hopper.std, hopper.published) == (2, 25, 15, 20)
-    assert hopper.source == "A (read off a curve)"
-    assert (hopper.steady, hopper.final, hopper.training, hopper.ratio) == (59 / 5, 20, 10, 1.25)
-    assert (walker.best, walker.final, walker.trained, walker.training, walker.ratio) == (2, 1.5, 2, 2.5, 0.5)  # final: 2 of 20
-    assert (sac.best, sac.final, sac.ratio) == (16, 5, 2)
-    assert sum(cell.experiment is None for cell in cells.values()) == 26
+    assert sum(cell.experiment is None for cells in families.values() for cell in cells) == 26
     errors = capsys.readouterr().err
     assert "left out, other arguments, ranks or no tests: ppo.py Hopper-v4, seeds [0]" in errors
     assert "left out, other arguments, ranks or no tests: vpg.py Ant-v4, seeds [0]" in errors
@@ -304,7 +289,7 @@ def test_the_report_says_what_is_missing(results, capsys):
     assert "benchmark.mujoco --suite broadcast" in text
     hopper = "| PPO | Hopper-v4 | 2 | 25.0 ± 15.0 | 11.8 | 20.0 ± 10.0 | 20.0 ± 10.0 | 10.0 | 20.0 | A (read off a curve) | 1.25 |"
     assert hopper in text
-    assert "| PPO | Walker2d-v4 | 1 | 2.0 | 1.6 | 1.5 | 2.0 | 2.5 | 4.0 | A | **0.50** |" in text
+    assert "| PPO | Walker2d-v4 | 1 | 2.0 | 1.6 | 1.5 | 2.0 | 2.5 | 4.0 | A | **0.50** |" in text  # final: 2 of 20
     assert "| SAC | Hopper-v4 | 1 | 16.0 | 6.4 | 5.0 | 5.0 |  | 8.0 | A | 2.00 |" in text  # (4 + 16 + 4 + 4 + 4) / 5
     assert "| SAC | Hopper-v4 | 3.0 | 1,000,000 | 300,000 | 5000.0 |" in text  # one step a second
     assert "| PPO | Walker2d-v4 | 9.0 | 8,000,000 | not reached |  |" in text

@@ -14,7 +14,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from conftest import OFF_POLICY, ON_POLICY, ROOT, run, small
+from conftest import ALL, OFF_POLICY, ON_POLICY, ROOT, Trap, run, small
 
 from utils import evaluate
 from utils.envs import make_env
@@ -76,7 +76,7 @@ def refused(*words, run_dir, **options):
     assert "\n" not in message and all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY, ids=lambda script: script.__name__)
+@ALL
 def test_loaded_policy_is_the_trained_one(runs, script):
     """Bit for bit, with its statistics; and running it changes neither them nor a file nor torch's random state."""
     ac, run_dir = runs(script)
@@ -209,22 +209,12 @@ def test_other_code_than_the_run_s_is_said(ppo_run, capfd):
     assert str(copy) in line and not (ppo_run / "executed").exists() and len(list(play(env, act))) == 1
 
 
-class Trap:
-    """A pickle that makes a file when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
 @pytest.mark.parametrize(
     "save", [torch.save, lambda trap, path: path.write_bytes(pickle.dumps(trap, protocol=2))], ids=["torch", "pickle"]
 )
 def test_malicious_model_is_not_executed(ppo_run, tmp_path, save):
     trap, model = tmp_path / "executed", ppo_run / "model.pt"
-    save(Trap(str(trap)), model)
+    save(Trap(trap), model)
     with open(model, "rb") as file:
         pickle.load(file) if save is not torch.save else torch.load(file, weights_only=False)
     assert trap.exists()  # so the trap works
@@ -258,26 +248,21 @@ def test_nothing_of_the_run_directory_is_executed(ppo_run, monkeypatch):
     "harm, words",
     [
         (lambda path: shutil.rmtree(path), ["copy", "config.json"]),
-        (lambda path: (path / "config.json").unlink(), ["config.json"]),
         (lambda path: (path / "config.json").write_text('{"script": "ppo.py"'), ["config.json"]),
         (lambda path: (path / "config.json").write_bytes(b"\xff\xfe\x00"), ["config.json"]),
         (lambda path: (path / "config.json").write_text("[]"), ["config.json"]),
         (lambda path: change_config(path, script=None), ["config.json"]),
         (lambda path: change_config(path, env_id=None), ["on None", "cannot be loaded"]),
-        (lambda path: change_config(path, env_id=3), ["on 3", "cannot be loaded"]),
         (lambda path: change_config(path, script="gone.py"), ["gone.py", str(ROOT)]),
         (lambda path: change_config(path, env_id="Gone-v0"), ["Gone"]),
         (lambda path: change_config(path, env_id="gone_package:Gone-v0"), ["gone_package"]),
         (lambda path: change_config(path, env_id="Pendulum-v1"), ["Pendulum-v1"]),
         (lambda path: change_config(path, env_id="FrozenLake-v1"), ["FrozenLake-v1"]),
         (lambda path: change_config(path, hidden_sizes=[8, 8]), ["size mismatch"]),
-        (lambda path: change_config(path, hidden_sizes="wide"), ["cannot be loaded"]),
         (lambda path: change_config(path, activation="step"), ["cannot be loaded", "step"]),
         (lambda path: (path / "model.pt").unlink(), ["model.pt does not exist", "no model yet"]),
         (lambda path: (path / "model.pt").write_bytes(b""), ["model.pt", "damaged"]),
         (lambda path: (path / "model.pt").write_bytes((path / "model.pt").read_bytes()[:3000]), ["model.pt", "damaged"]),
-        (lambda path: (path / "model.pt").write_text("no weights"), ["model.pt", "damaged"]),
-        (lambda path: torch.save([1, 2], path / "model.pt"), ["cannot be loaded"]),
         (lambda path: torch.save({"pi.net.0.weight": torch.ones(3)}, path / "model.pt"), ["cannot be loaded"]),
     ],
 )
@@ -369,7 +354,7 @@ def test_film_keeps_time_and_stays_small(clock, tmp_path, name, seconds, fps, sh
     meta = iio.immeta(tmp_path / name)
     frames = read(tmp_path / name)
     assert len(frames) == min(seconds * fps + 1, 10 * fps if name.lower().endswith("gif") else 10**9)
-    assert meta.get("fps", 1000 / meta.get("duration", 1000 / fps)) == pytest.approx(fps)
+    assert (meta["fps"] if "fps" in meta else 1000 / meta["duration"]) == pytest.approx(fps)
     assert shape is None or frames.shape[1:] == shape
     assert frames.mean((1, 2, 3)) == pytest.approx(np.arange(len(frames)) * (100 / fps) % 250, abs=6)
 

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import OFF_POLICY, ON_POLICY, small
+from conftest import ALL, OFF_POLICY, ON_POLICY, small
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
 import ppo
@@ -186,7 +186,7 @@ def test_gaussian_is_that_of_torch_distributions(script):
     assert torch.allclose(samples.mean(0), p.mean, atol=0.3) and torch.allclose(samples.std(0), exact.stddev, rtol=0.1)
 
 
-def test_kl_divergence_is_that_of_torch_distributions():
+def test_trpo_kl_divergence_is_that_of_torch_distributions():
     torch.manual_seed(0)
     p, q = (trpo.Gaussian(torch.randn(6, 3), torch.rand(3) + 0.1) for _ in range(2))
     assert torch.allclose(trpo.kl_divergence(p, q), kl_divergence(as_distribution(p), as_distribution(q)), rtol=1e-5)
@@ -370,7 +370,7 @@ def test_first_episodes_of_another_rank(script, monkeypatch):
     assert [env.cut for env in envs] == [6, 8]
 
 
-@pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY, ids=lambda script: script.__name__)
+@ALL
 def test_all_environments_of_all_ranks_start_differently(script, monkeypatch):
     now = []
     for rank in range(2):
@@ -434,7 +434,7 @@ def trpo_parts(env_id="Count-v0", **changes):
 
 
 @pytest.mark.parametrize("env_id", ["Count-v0", "CountDiscrete-v0"])
-def test_fisher_vector_product_is_autograds_hessian(env_id):
+def test_trpo_fisher_vector_product_is_autograds_hessian(env_id):
     _, ac, batch, params = trpo_parts(env_id)
     names = [name for name, _ in ac.pi.named_parameters()]
     with torch.no_grad():
@@ -452,7 +452,7 @@ def test_fisher_vector_product_is_autograds_hessian(env_id):
     assert torch.allclose(product(v), hessian @ v + 0.1 * v, atol=1e-5)
 
 
-def test_conjugate_gradient_solves_the_system():
+def test_trpo_conjugate_gradient_solves_the_system():
     torch.manual_seed(0)
     root = torch.randn(20, 20, dtype=torch.float64)
     matrix, b = root @ root.T + torch.eye(20), torch.randn(20, dtype=torch.float64)
@@ -463,7 +463,7 @@ def test_conjugate_gradient_solves_the_system():
     assert torch.allclose(x, torch.linalg.solve(matrix, 1e-4 * b), rtol=1e-3, atol=1e-9)
 
 
-def test_natural_step_goes_along_the_natural_gradient_and_has_length_delta():
+def test_trpo_natural_step_goes_along_the_natural_gradient_and_has_length_delta():
     """npg's step is along (H + damping I)^-1 g, g the ascent direction, and its KL is delta to second order."""
     args, ac, batch, params = trpo_parts(algo="npg", delta=1e-5, damping_coeff=1e-3, cg_iters=100)
     adv = torch.randn_like(batch.rew)
@@ -482,7 +482,7 @@ def test_natural_step_goes_along_the_natural_gradient_and_has_length_delta():
 
 
 @pytest.mark.parametrize("delta, backtracks", [(1e-3, 0), (0.05, 0), (3.0, None)])
-def test_line_search_keeps_the_promise(delta, backtracks):
+def test_trpo_line_search_keeps_the_promise(delta, backtracks):
     """With a small delta the first step holds; with a large one the quadratic model is wrong and steps are shortened."""
     args, ac, batch, params = trpo_parts(delta=delta, damping_coeff=1e-3, backtrack_iters=50)
     adv = torch.randn_like(batch.rew)
@@ -497,7 +497,7 @@ def test_line_search_keeps_the_promise(delta, backtracks):
     assert kl <= delta and trpo.policy_loss(pi.log_prob(batch.act), batch.logp, adv) < before
 
 
-def test_line_search_refuses_a_step_of_too_much_kl(monkeypatch):
+def test_trpo_line_search_refuses_a_step_of_too_much_kl(monkeypatch):
     """A conjugate gradient that answers 10 times too long does not matter: only the KL limit shortens the step."""
     args, ac, batch, params = trpo_parts(backtrack_iters=50)
     adv = torch.randn_like(batch.rew)
@@ -508,7 +508,7 @@ def test_line_search_refuses_a_step_of_too_much_kl(monkeypatch):
     assert j == 0 and kl > args.delta
 
 
-def test_line_search_restores_the_parameters_when_nothing_helps():
+def test_trpo_line_search_restores_the_parameters_when_nothing_helps():
     args, ac, batch, params = trpo_parts()
     before = [p.clone() for p in params]
     assert trpo.update_policy(ac, batch, torch.zeros_like(batch.rew), args) == (0, args.backtrack_iters)
@@ -529,7 +529,7 @@ def test_copies_are_one_text(scripts, name):
     assert len({inspect.getsource(operator.attrgetter(name)(script)) for script in scripts}) == 1
 
 
-@pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY, ids=lambda script: script.__name__)
+@ALL
 def test_every_argument_is_read(script):
     source = "".join(map(inspect.getsource, (script, make_env, set_up)))
     for name in script.Args.__annotations__.keys() - {"action_spaces"}:

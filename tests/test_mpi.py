@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from conftest import OFF_POLICY, ON_POLICY, ROOT, rows, run
+from conftest import ALL, OFF_POLICY, ON_POLICY, ROOT, rows, run
 
 from utils.check import check
 
@@ -111,7 +111,7 @@ for name in {[script.__name__ for script in scripts]}:
     assert done.stdout.count("EQUAL") == 2 * len(scripts), done.stderr
 
 
-def test_line_search_is_one_for_all_ranks(tmp_path):
+def test_trpo_line_search_is_one_for_all_ranks(tmp_path):
     """The step is too long for rank 1 alone, whose KL counts double in the line search: both ranks shorten it, equally often."""
     program = f"""
 import pathlib, torch, trpo
@@ -162,7 +162,7 @@ ppo.train(ppo.Args(env_id="CartPole-v1", total_steps=10**6, num_envs=2, data_dir
     assert all(word in done.stderr for word in words)
 
 
-@pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY, ids=lambda script: script.__name__)
+@ALL
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_defaults_divide_by_the_usual_numbers_of_ranks(script, ranks):
     check(script.Args(), ranks)
@@ -237,8 +237,8 @@ def test_ranks_share_the_work(tmp_path):
     program = """
 import pathlib, sys, torch, ppo
 from utils import mpi
-sizes, own_kls, kls = [], [], []
-policy_loss, approx_kl, average = ppo.policy_loss, ppo.approx_kl, mpi.average
+sizes, own_kls = [], []
+policy_loss, approx_kl = ppo.policy_loss, ppo.approx_kl
 ppo.policy_loss = lambda logp, *rest: sizes.append(len(logp)) or policy_loss(logp, *rest)
 def spy(*args):
     own_kls.append(approx_kl(*args).item())
@@ -322,7 +322,7 @@ def check(script):
         script.gradient_step(torch.optim.SGD(net.q.parameters(), lr=0.1), script.q_loss(*q, target[at]))
     whole = copy.deepcopy(ac)
     step(ac, slice(mpi.rank(), 20, 2))
-    average, script.mpi.average_gradients = mpi.average_gradients, lambda parameters: None
+    script.mpi.average_gradients = lambda parameters: None
     step(whole, slice(None))
     for p, expected in zip(ac.parameters(), whole.parameters(), strict=True):
         assert torch.allclose(p, expected, atol=1e-6)

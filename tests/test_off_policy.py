@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import OFF_POLICY, Count, rows, small
+from conftest import OFF_POLICY, Count, rows, score, small
 from gymnasium.spaces import Box
 from torch import nn
 
@@ -18,7 +18,6 @@ import sac
 import td3
 from utils import mpi
 from utils.envs import make_env
-from utils.process import RunError
 
 LOW, HIGH = np.array([-1.0, 0.0], np.float32), np.array([3.0, 0.5], np.float32)
 HALF_WIDTH, MIDDLE = (HIGH - LOW) / 2, (HIGH + LOW) / 2
@@ -147,7 +146,7 @@ def changed(module, before):
 # Targets and losses
 
 
-def test_q_targets_by_hand():
+def test_ddpg_td3_and_sac_q_targets_by_hand():
     """rew 1 and values 10 and 4 with gamma .9; the second transition ends the episode."""
     rew, terminated = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.0, 1.0, 0.0])
     q1, q2, logp = torch.tensor([10.0, 10.0, 4.0]), torch.tensor([4.0, 4.0, 10.0]), torch.tensor([-2.0, -2.0, 3.0])
@@ -170,6 +169,7 @@ def test_target_and_predictions_inside_update(script, monkeypatch):
     assert len(seen) == 1 and target.tolist() == pytest.approx(expected_target, rel=1e-6)
     assert not target.requires_grad
     assert torch.stack(predictions).tolist() == [pytest.approx(q) for q in expected]
+    assert len(predictions) == 1 or not torch.equal(*predictions)  # two critics, not one twice
     assert metrics["LossQ"] == pytest.approx(((expected - expected_target) ** 2).mean(1).sum(), rel=1e-6)
 
 
@@ -242,13 +242,6 @@ def test_each_step_leaves_the_other_networks_and_their_gradients_alone(script, m
     assert all(p.grad is None for p in learner.targ.parameters())
 
 
-def test_critics_give_no_trailing_dimension(script):
-    learner = Learner(script)
-    critics = [learner.ac.q] if script is ddpg else learner.ac.q
-    assert len({id(p) for q in critics for p in q.parameters()}) == (1 if script is ddpg else 2) * 4
-    assert all(q(learner.batch.obs, learner.batch.act).shape == (16,) for q in critics)
-
-
 def test_q_loss_refuses_shapes_that_would_broadcast(script):
     n = 2 if script is ddpg else 3
     script.q_loss(*[torch.zeros(5)] * n)
@@ -260,7 +253,7 @@ def test_q_loss_refuses_shapes_that_would_broadcast(script):
 # SAC's distribution and temperature
 
 
-def test_log_probability_is_that_of_torch_distributions():
+def test_sac_log_probability_is_that_of_torch_distributions():
     torch.manual_seed(0)
     mu, log_std, noise = torch.randn(100, 3).double(), torch.randn(100, 3).double() / 2, torch.randn(100, 3).double()
     act, logp = sac.squashed_gaussian(mu, log_std, noise)
@@ -271,14 +264,14 @@ def test_log_probability_is_that_of_torch_distributions():
 
 
 @pytest.mark.parametrize("mu, log_std", [(0.0, 0.0), (0.7, -0.5), (-1.0, -2.0)])
-def test_density_integrates_to_one(mu, log_std):
+def test_sac_density_integrates_to_one(mu, log_std):
     u = torch.linspace(-9, 9, 200_001, dtype=torch.float64).unsqueeze(-1)
     mu, log_std = torch.full_like(u, mu), torch.full_like(u, log_std)
     act, logp = sac.squashed_gaussian(mu, log_std, (u - mu) / log_std.exp())
     assert torch.trapezoid(logp.exp(), act.squeeze(-1)).item() == pytest.approx(1, abs=1e-6)
 
 
-def test_extreme_actions_have_finite_log_probabilities_and_gradients():
+def test_sac_extreme_actions_have_finite_log_probabilities_and_gradients():
     """Far out log(1 - tanh(u)^2) = log 4 - 2|u|; computed from tanh(u) it would be log 0."""
     grid = torch.cartesian_prod(torch.tensor([-30.0, 30.0]), torch.linspace(-20, 2, 12), torch.linspace(-1.9, 1.9, 5))
     mu, log_std, noise = (column.unsqueeze(-1).contiguous().requires_grad_() for column in grid.T)
@@ -291,7 +284,7 @@ def test_extreme_actions_have_finite_log_probabilities_and_gradients():
     assert torch.allclose(mu.grad.double(), 2 * u.sign(), rtol=1e-5) and torch.isfinite(log_std.grad).all()
 
 
-def test_deviation_is_kept_between_its_bounds():
+def test_sac_deviation_is_kept_between_its_bounds():
     actor = sac.Actor(3, 2, (8,), nn.ReLU)
     with torch.no_grad():
         actor.net[-1].bias.copy_(torch.tensor([50.0, -50.0, 50.0, -50.0]))
@@ -300,7 +293,7 @@ def test_deviation_is_kept_between_its_bounds():
 
 
 @pytest.mark.parametrize("log_std, rises", [(-6.0, True), (-0.1, False)])
-def test_autotuned_alpha_follows_the_policys_entropy(log_std, rises):
+def test_sac_autotuned_alpha_follows_the_policys_entropy(log_std, rises):
     """A narrow policy has less entropy than -2, one that is nearly uniform in the box has log 4. The step's size is by hand."""
     learner = Learner(sac, autotune=True, alpha=0.3, pi_lr=0.0, alpha_lr=0.01)
     with torch.no_grad():
@@ -313,7 +306,7 @@ def test_autotuned_alpha_follows_the_policys_entropy(log_std, rises):
 
 
 @pytest.mark.parametrize("autotune", [False, True])
-def test_alpha_changes_only_if_asked(tmp_path, autotune):
+def test_sac_alpha_changes_only_if_asked(tmp_path, autotune):
     ac = sac.train(small(sac, tmp_path, exp_name="x", autotune=autotune, alpha=0.3))
     assert (ac.log_alpha.exp().item() == pytest.approx(0.3)) != autotune
     assert [float(row["Alpha"]) == pytest.approx(0.3) for row in rows(tmp_path / "x/x_s0")] == [not autotune] * 2
@@ -322,7 +315,7 @@ def test_alpha_changes_only_if_asked(tmp_path, autotune):
 # The replay buffer
 
 
-def fill(script, envs, size, num_steps, start_steps=0):
+def fill(script, envs, size, num_steps):
     """Steps `envs` with a policy that numbers its actions (environment, time); returns buffer and (ep_rets, ep_lens)."""
     times = iter(range(10_000))
     ac = SimpleNamespace(
@@ -330,7 +323,8 @@ def fill(script, envs, size, num_steps, start_steps=0):
         to_env=lambda act: np.zeros((len(envs), 2), np.float32),
     )
     buffer = script.ReplayBuffer(envs, size, np.random.default_rng(0))
-    return buffer, buffer.collect(ac, num_steps * len(envs), start_steps)
+    first, second = (buffer.collect(ac, n * len(envs), 0) for n in (num_steps // 2, num_steps))  # episodes go on across calls
+    return buffer, tuple(a + b for a, b in zip(first, second, strict=True))
 
 
 def stored(buffer, draws=3000):
@@ -383,14 +377,6 @@ def test_environments_out_of_phase(script):
     assert (ep_rets, ep_lens) == ([3, 6, 3, 6, 3], [2, 3, 2, 3, 2]) and buffer.steps == 14
 
 
-def test_episodes_go_on_across_calls(script):
-    envs = [make_env("Count-v0", length=3), make_env("Count-v0", length=2)]
-    ac = SimpleNamespace(sample=lambda obs: torch.zeros(2, 2), to_env=lambda act: act.numpy())
-    buffer = script.ReplayBuffer(envs, 50, np.random.default_rng(0))
-    logs = [tuple(buffer.collect(ac, 2 * (k + 1), 0)) for k in range(6)]
-    assert logs == [([], []), ([3], [2]), ([6], [3]), ([3], [2]), ([], []), ([6, 3], [3, 2])]
-
-
 def test_policy_sees_what_the_environment_shows(script):
     seen = []
     ac = SimpleNamespace(sample=lambda obs: seen.append(obs.copy()) or torch.zeros(2, 2), to_env=lambda act: act.numpy())
@@ -418,13 +404,9 @@ def assert_independent(x):
     assert np.abs(np.corrcoef(table.T) - np.eye(4)).max() < 4 / math.sqrt(len(x))
 
 
-def refuse(obs):
-    raise AssertionError("the policy was asked")
-
-
 def test_first_actions_are_uniform_in_the_whole_box(script):
     env, ac = make_env("Asymmetric-v0"), acting(script)
-    ac.sample = refuse
+    ac.sample = None  # the policy is not asked
     script.ReplayBuffer([env], 10, np.random.default_rng(0)).collect(ac, 4000, 4000)
     act = np.array(env.unwrapped.actions)
     for i in range(2):
@@ -475,7 +457,7 @@ def test_noise_of_behaviour_is_in_half_widths(script):
     assert_independent(act)
 
 
-def test_squashed_gaussian_of_behaviour():
+def test_sac_squashed_gaussian_of_behaviour():
     ac = acting(sac)
     with torch.no_grad():
         ac.pi.net[-1].bias[2:] = torch.tensor([0.5, 0.1]).log()
@@ -509,7 +491,7 @@ def test_deterministic_actions_have_no_noise(script):
     assert learner.ac.act(obs, deterministic=True) == pytest.approx(MIDDLE + HALF_WIDTH * act, abs=1e-5)
 
 
-def test_target_noise_is_independent_in_each_entry():
+def test_td3_target_noise_is_independent_in_each_entry():
     torch.manual_seed(0)
     act = td3.smooth(torch.tensor([0.1, -0.2]).repeat(20_000, 1), 0.1, 10.0).numpy()
     assert act.shape == (20_000, 2)
@@ -517,7 +499,7 @@ def test_target_noise_is_independent_in_each_entry():
     assert_independent(act)
 
 
-def test_target_noise_and_its_result_are_clipped():
+def test_td3_target_noise_and_its_result_are_clipped():
     torch.manual_seed(0)
     noise = td3.smooth(torch.zeros(20_000, 2), 0.2, 0.3)
     at_limit = (noise.abs() == noise.abs().max()).float().mean().item()
@@ -630,15 +612,6 @@ def test_test_episodes_leave_the_training_alone(script, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*(ac.parameters() for ac in networks), strict=True))
 
 
-def test_same_seed_same_rows_and_weights(script, tmp_path):
-    runs = [script.train(small(script, tmp_path, exp_name="x", seed=seed)) for seed in (0, 0, 1)]
-    first, second, other = ([p.detach() for name, p in ac.named_parameters() if name != "log_alpha"] for ac in runs)
-    a, b, c = (rows(tmp_path / "x" / name) for name in ("x_s0", "x_s0_1", "x_s1"))
-    assert a == b and all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
-    assert all(x != y for x, y in zip(a, c, strict=True))
-    assert not any(torch.equal(x, z) for x, z in zip(first, other, strict=True))
-
-
 def test_rows_before_the_first_update_are_blank(script, tmp_path):
     options = dict(total_steps=200, steps_per_epoch=100, update_after=150)
     script.train(small(script, tmp_path, exp_name="x", **options))
@@ -662,11 +635,4 @@ def test_learns(script, tmp_path, env_id, goal, changes):
     """A random policy gets -1200 on Pendulum and 6 on InvertedPendulum, where every step pays 1 until it falls."""
     options = dict(hidden_sizes=(64, 64), batch_size=64, polyak=0.98, num_test_episodes=0, seed=0)
     ac = script.train(script.Args(env_id=env_id, data_dir=str(tmp_path), **options, **changes))
-    assert np.mean(script.test(ac, make_env(env_id), 10)[0]) > goal
-
-
-def test_discrete_actions_are_refused(script, tmp_path):
-    with pytest.raises(RunError) as error:
-        script.train(small(script, tmp_path, env_id="CartPole-v1"))
-    assert all(word in str(error.value) for word in ("CartPole-v1", "Discrete(2)", "vpg.py", "trpo.py", "ppo.py"))
-    assert list(tmp_path.iterdir()) == []
+    assert score(ac, env_id) > goal

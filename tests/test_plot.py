@@ -10,24 +10,13 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, write_run
 from matplotlib import image, pyplot
 
 from utils import plot as plotting
 from utils.plot import LOOKS, Args, average, curve, group_runs, load_runs, main, one_per_seed, plot
 from utils.process import RunError
 from utils.runs import Run
-
-
-def write(path, returns, steps=None, **config):
-    """A run directory; `returns` are its cells of AverageEpRet."""
-    path.mkdir(parents=True)
-    steps = steps or [1000 * (k + 1) for k in range(len(returns))]
-    lines = [f"{k}\t{ret}\t{step}" for k, (ret, step) in enumerate(zip(returns, steps, strict=True))]
-    (path / "progress.txt").write_text("\n".join(["Epoch\tAverageEpRet\tTotalEnvInteracts", *lines]) + "\n")
-    config = dict(exp_name=None, env_id="X-v0", seed=0, script="ppo.py", gamma=0.9, data_dir=str(path)) | config
-    (path / "config.json").write_text(json.dumps(config))
-    return path
 
 
 def memory(returns, steps=None, name="ppo", run_dir="x_s0", **config):
@@ -96,7 +85,7 @@ def test_bootstrapped_interval():
 
 @pytest.mark.parametrize("tests, expected", [(["", "", ""], [1, 3]), (["", "7", ""], [7]), (None, [1, 3])])
 def test_performance_is_the_test_return_where_there_is_one(tests, expected, tmp_path):
-    file = write(tmp_path / "x_s0", [1, "", 3]) / "progress.txt"
+    file = write_run(tmp_path / "x_s0", [1, "", 3]) / "progress.txt"
     if tests:
         lines = zip(file.read_text().splitlines(), ["AverageTestEpRet", *tests], strict=True)
         file.write_text("".join("\t".join(pair) + "\n" for pair in lines))
@@ -130,7 +119,7 @@ def test_names_prefixes_select_exclude_legend(tmp_path):
     for algo in ("ppo", "trpo"):
         for env in ("Hopper-v4", "Walker2d-v4"):
             for seed in (0, 1):
-                write(tmp_path / f"{algo}_{env}" / f"{algo}_{env}_s{seed}", [1, 2], env_id=env, seed=seed)
+                write_run(tmp_path / f"{algo}_{env}" / f"{algo}_{env}_s{seed}", [1, 2], env_id=env, seed=seed)
     (tmp_path / "ppo_notes.txt").write_text("no directory")
     names = lambda *args, **options: [f"{r.name} {r.dir.name}" for r in load_runs(*args, **options)]  # noqa: E731
     hopper = ["ppo ppo_Hopper-v4_s0", "ppo ppo_Hopper-v4_s1"]
@@ -146,7 +135,7 @@ def test_names_prefixes_select_exclude_legend(tmp_path):
     with pytest.raises(RunError, match="--legend: 1 names for 2 directories: .*ppo_Hopper-v4, .*ppo_Walker2d-v4"):
         load_runs([tmp_path / "ppo"], legend=["A"])
     for env_id in "X-v0", "X-v0b", "my:X-v0":  # a setting of a sweep has one name in all environments
-        write(tmp_path / f"big/{env_id}_s0_1", [1], exp_name=f"ppo_{env_id.replace(':', '-')}_cli0-1", env_id=env_id)
+        write_run(tmp_path / f"big/{env_id}_s0_1", [1], exp_name=f"ppo_{env_id.replace(':', '-')}_cli0-1", env_id=env_id)
     assert {run.name for run in load_runs([tmp_path / "big"])} == {"ppo_cli0-1"}
 
 
@@ -165,7 +154,7 @@ def test_kept_curves(tmp_path):
 
 
 def test_runs_behind_links_are_found_once_and_no_circle_is_endless(tmp_path):
-    moved = [write(tmp_path / f"larger disk/x_s{seed}", [1], seed=seed) for seed in range(2)]
+    moved = [write_run(tmp_path / f"larger disk/x_s{seed}", [1], seed=seed) for seed in range(2)]
     (tmp_path / "data/x").mkdir(parents=True)
     (tmp_path / "data/x/x_s0").symlink_to(moved[0])
     (tmp_path / "data/x/x_s1").symlink_to(moved[1])
@@ -184,7 +173,7 @@ def test_seeds_of_spinning_up_are_one_curve_by_its_name(tmp_path):
         name = f"<spinup.utils.logx.EpochLogger object at {address}>"
         config = dict(env_fn=f"<function <lambda> at {address}>", ac_kwargs=dict(act=[f"<class at {address}>"]))
         config |= dict(logger={name: dict(output_dir=f"s{seed}")}, logger_kwargs=dict(exp_name="walker", output_dir=f"s{seed}"))
-        path = write(tmp_path / f"walker/walker_s{seed}", [1, 2 + seed], exp_name="walker", seed=seed)
+        path = write_run(tmp_path / f"walker/walker_s{seed}", [1, 2 + seed], exp_name="walker", seed=seed)
         (path / "config.json").write_text(json.dumps(config | dict(exp_name="walker", seed=seed, gamma=0.99)))
     fig = plot(load_runs([tmp_path]))
     assert legend(fig) == ["walker"] and data(fig.axes[0]) == [([1000, 2000], [1, 2.5])]
@@ -224,7 +213,7 @@ BROKEN = {
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_run_is_left_out_with_a_line(kind, tmp_path, capsys):
     name, content, message = BROKEN[kind]
-    good, bad = write(tmp_path / "good_s0", [1, 2]), write(tmp_path / "bad_s0", [1, 2])
+    good, bad = write_run(tmp_path / "good_s0", [1, 2]), write_run(tmp_path / "bad_s0", [1, 2])
     (bad / name).unlink()
     if content is not None:
         (bad / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -234,9 +223,9 @@ def test_a_broken_run_is_left_out_with_a_line(kind, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("tail", ["2\t30", "2\t30\t30", "\0\0\0"])
+@pytest.mark.parametrize("tail", ["2\t30", "2\t30\t30\t9", "\0\0\0"])
 def test_a_half_written_last_line_is_left_out(tail, tmp_path, capsys):
-    file = write(tmp_path / "x_s0", [1, 2]) / "progress.txt"
+    file = write_run(tmp_path / "x_s0", [1, 2]) / "progress.txt"
     file.write_text(file.read_text() + tail)
     (loaded,) = load_runs([tmp_path])
     assert loaded.rows["AverageEpRet"].tolist() == [1, 2]
@@ -313,7 +302,7 @@ def test_runs_that_do_not_fit_are_left_out(capsys):
 def two_seeds(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     for seed in (0, 1):
-        write(root / f"ppo_X-v0/ppo_X-v0_s{seed}", list(np.arange(20) ** (1 + seed / 2)), seed=seed)
+        write_run(root / f"ppo_X-v0/ppo_X-v0_s{seed}", list(np.arange(20) ** (1 + seed / 2)), seed=seed)
     return root
 
 

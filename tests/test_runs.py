@@ -12,10 +12,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import OFF_POLICY, ON_POLICY, ROOT, Count, rows, run, small
+from conftest import ALL, OFF_POLICY, ON_POLICY, ROOT, Count, register, rows, run, run_dir, score, small
 
 import ddpg
 import ppo
+import trpo
 from utils import logger, mpi
 from utils.args import Range, RunArgs
 from utils.check import check
@@ -23,56 +24,33 @@ from utils.logger import set_up
 from utils.process import RunError
 from utils.run_dir import RunDir, provenance
 
-ALL = pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY, ids=lambda script: script.__name__)
 ONLY_OFF_POLICY = pytest.mark.parametrize("script", OFF_POLICY, ids=lambda script: script.__name__)
-RUN = "{0}_CartPole-v1/{0}_CartPole-v1_s0"
-
-
-def run_dir(script, tmp_path):
-    return tmp_path / RUN.format(script.__name__)
-
-
-def evaluate(ac, env_id, episodes=10):
-    """Mean return of the deterministic policy."""
-    env, total = gym.make(env_id), 0.0
-    for seed in range(episodes):
-        (obs, _), done = env.reset(seed=1000 + seed), False
-        while not done:
-            obs, rew, terminated, truncated, _ = env.step(ac.act(obs[None], deterministic=True)[0])
-            total, done = total + rew, terminated or truncated
-    return total / episodes
-
 
 @pytest.mark.parametrize(
-    "script, env_id, steps, goal",
-    [*((script, "CartPole-v1", 40_000, 450) for script in ON_POLICY), (ON_POLICY[-1], "InvertedPendulum-v4", 60_000, 900)],
-    ids=["vpg", "trpo", "ppo", "ppo-continuous"],
+    "script, env_id, steps, goal, changes",
+    [
+        *((script, "CartPole-v1", 40_000, 450, {}) for script in ON_POLICY),
+        (ppo, "InvertedPendulum-v4", 60_000, 900, {}),
+        (trpo, "CartPole-v1", 30_000, 400, dict(algo="npg")),
+    ],
+    ids=["vpg", "trpo", "ppo", "ppo-continuous", "trpo-npg"],
 )
-def test_learns(script, tmp_path, env_id, steps, goal):
+def test_learns(script, tmp_path, env_id, steps, goal, changes):
     """The files' defaults, with fewer steps. A random policy gets 20 on CartPole and 6 on InvertedPendulum."""
-    ac = script.train(script.Args(env_id=env_id, total_steps=steps, seed=0, data_dir=str(tmp_path)))
-    assert evaluate(ac, env_id) > goal
+    ac = script.train(script.Args(env_id=env_id, total_steps=steps, seed=0, data_dir=str(tmp_path), **changes))
+    assert score(ac, env_id) > goal
 
 
-def test_natural_policy_gradient_learns(tmp_path):
-    import trpo
-
-    args = trpo.Args(env_id="CartPole-v1", algo="npg", total_steps=30_000, seed=0, data_dir=str(tmp_path))
-    assert evaluate(trpo.train(args), "CartPole-v1") > 400
-    assert {row["BacktrackIters"] for row in rows(run_dir(trpo, tmp_path))} == {"0"}
-
-
+@ALL
 def test_same_seed_same_rows_and_weights(script, tmp_path):
-    first, second = (script.train(small(script, tmp_path, env_id="Hopper-v4")) for _ in range(2))
-    other = script.train(small(script, tmp_path, env_id="Hopper-v4", seed=1))
-    parent = tmp_path / f"{script.__name__}_Hopper-v4"
-    names = [f"{parent.name}_s0", f"{parent.name}_s0_1", f"{parent.name}_s1"]
-    assert sorted(p.name for p in parent.iterdir()) == names
-    a, b, c = (rows(parent / name) for name in names)
-    assert a == b and a != c
-    for x, y in zip(first.parameters(), second.parameters(), strict=True):
-        assert torch.equal(x, y)
-    assert any(not torch.equal(x, z) for x, z in zip(first.parameters(), other.parameters(), strict=True))
+    options = dict(env_id="Hopper-v4", exp_name="x")
+    runs = [script.train(small(script, tmp_path, **options, seed=seed)) for seed in (0, 0, 1)]
+    names = ["x_s0", "x_s0_1", "x_s1"]
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == names
+    a, b, c = (rows(tmp_path / "x" / name) for name in names)
+    assert a == b and all(x != y for x, y in zip(a, c, strict=True))
+    first, second, other = ([p.detach() for name, p in ac.named_parameters() if name != "log_alpha"] for ac in runs)
+    assert all(map(torch.equal, first, second)) and not any(map(torch.equal, first, other))
 
 
 def test_policy_that_acted_is_the_one_in_the_ratio(script, tmp_path, monkeypatch):
@@ -107,7 +85,7 @@ def test_policy_that_acted_is_the_one_in_the_ratio(script, tmp_path, monkeypatch
 
 def test_run_directory(script, tmp_path):
     script.train(small(script, tmp_path, total_steps=999))
-    path = run_dir(script, tmp_path)
+    path = run_dir(tmp_path)
     assert {p.name for p in path.iterdir()} == {"checkpoint", "config.json", "model.pt", "progress.txt", f"{script.__name__}.py"}
     config = json.loads((path / "config.json").read_text())
     assert config["gamma"] == 0.99 and config["script"] == f"{script.__name__}.py" and config["ranks"] == 1
@@ -121,12 +99,13 @@ def test_epoch_without_an_ended_episode_is_blank(script, tmp_path):
     assert second["AverageEpRet"] == "6.0"
 
 
+@ALL
 @pytest.mark.parametrize("env_id, quantity", [("Broken-v0", "reward"), ("BrokenObs-v0", "observation")])
 def test_nan_stops_the_run_and_keeps_the_model(script, tmp_path, env_id, quantity):
-    """Two environments: the 150th step of the first is step 299 or 300 of the run, in its second epoch."""
-    args = small(script, tmp_path, env_id=env_id, exp_name="x", total_steps=2000)
-    with pytest.raises(RunError, match=rf"{quantity} is not finite at step 300\b"):
-        script.train(args)
+    """The 150th step of an environment is in the second epoch; on-policy there are two environments."""
+    step = 300 if script in ON_POLICY else 150
+    with pytest.raises(RunError, match=rf"{quantity} is not finite at step {step}\b"):
+        script.train(small(script, tmp_path, env_id=env_id, exp_name="x"))
     saved = torch.load(tmp_path / "x/x_s0/model.pt", weights_only=True)
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
     assert len(rows(tmp_path / "x/x_s0")) == 1
@@ -159,7 +138,7 @@ def test_model_that_cannot_be_written_leaves_the_last_one(script, tmp_path, monk
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(RunError, match="cannot write .*model.pt"):
         script.train(args)
-    path = run_dir(script, tmp_path)
+    path = run_dir(tmp_path)
     assert {p.name for p in path.iterdir()} == {"checkpoint", "config.json", "model.pt", "progress.txt", f"{script.__name__}.py"}
     assert torch.load(path / "model.pt", weights_only=True)["obs_stats.count"] == 200
 
@@ -185,30 +164,40 @@ def test_help_explains_every_argument(script):
     common = RunArgs.__dataclass_fields__
     assert done.stdout.count("(default:") == len(names)
     assert max(places[name] for name in names if name not in common) < min(places[name] for name in common)
-    assert all(line in done.stdout for line in script.__doc__.splitlines() if "  = " in line or " = " in line)
+    assert all(line in done.stdout for line in script.__doc__.splitlines() if " = " in line)
 
 
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        (dict(env_id="HalfCheeta-v4"), ["HalfCheeta-v4", "Did you mean", "HalfCheetah"]),
-        (dict(env_id="Nonsense-v0"), ["--env-id Nonsense-v0"]),
-        (dict(env_id="a:b:c"), ["--env-id a:b:c"]),
-        (dict(env_id=":"), ["--env-id :"]),
-        (dict(env_id="FrozenLake-v1"), ["Discrete(16)", "FlattenObservation"]),
-        (dict(gamma=1.5), ["--gamma 1.5", "between 0 and 1"]),
-        (dict(gamma=float("nan")), ["--gamma nan"]),
-        (dict(total_steps=0), ["--total-steps 0", "at least 1"]),
-        (dict(vf_lr=-1.0), ["--vf-lr -1.0"]),
-        (dict(hidden_sizes=(64, 0)), ["--hidden-sizes 64 0"]),
-        (dict(seed=-1), ["--seed -1"]),
-        (dict(steps_per_epoch=201), ["--steps-per-epoch 201", "the number of environments, 2", "200 or 202"]),
-        (dict(exp_name="../../x"), ["--exp-name", "../../x"]),
-        (dict(exp_name=""), ["--exp-name"]),
-        (dict(device="cuda:99"), ["--device cuda:99"]),
-    ],
-    ids=lambda x: str(x) if isinstance(x, dict) else "",
-)
+BAD_ON_POLICY = [
+    (dict(env_id="HalfCheeta-v4"), ["HalfCheeta-v4", "Did you mean", "HalfCheetah"]),
+    (dict(env_id="Nonsense-v0"), ["--env-id Nonsense-v0"]),
+    (dict(env_id="a:b:c"), ["--env-id a:b:c"]),
+    (dict(env_id=":"), ["--env-id :"]),
+    (dict(env_id="FrozenLake-v1"), ["Discrete(16)", "FlattenObservation"]),
+    (dict(gamma=1.5), ["--gamma 1.5", "between 0 and 1"]),
+    (dict(gamma=float("nan")), ["--gamma nan"]),
+    (dict(total_steps=0), ["--total-steps 0", "at least 1"]),
+    (dict(vf_lr=-1.0), ["--vf-lr -1.0"]),
+    (dict(hidden_sizes=(64, 0)), ["--hidden-sizes 64 0"]),
+    (dict(seed=-1), ["--seed -1"]),
+    (dict(steps_per_epoch=201), ["--steps-per-epoch 201", "the number of environments, 2", "200 or 202"]),
+    (dict(exp_name="../../x"), ["--exp-name", "../../x"]),
+    (dict(exp_name=""), ["--exp-name"]),
+    (dict(device="cuda:99"), ["--device cuda:99"]),
+]
+BAD_OFF_POLICY = [
+    (dict(batch_size=200), ["--batch-size 200", "--update-after 100", "try --update-after 200"]),
+    (dict(replay_size=10**13, total_steps=10**13), [f"--replay-size {10**13}", "GiB", "try --replay-size"]),
+    (dict(steps_per_epoch=121, num_envs=2), ["--steps-per-epoch 121", "120 or 122"]),
+    (dict(polyak=1.5), ["--polyak 1.5"]),
+    (dict(q_lr=0.0), ["--q-lr 0.0"]),
+    (dict(num_test_episodes=-1), ["--num-test-episodes -1"]),
+    (dict(env_id="CartPole-v1"), ["CartPole-v1", "Discrete(2)", "vpg.py", "trpo.py", "ppo.py"]),
+]
+BAD = [(script, *case) for script in ON_POLICY for case in BAD_ON_POLICY]
+BAD += [(script, *case) for script in OFF_POLICY for case in BAD_OFF_POLICY]
+
+
+@pytest.mark.parametrize("script, changes, words", BAD, ids=lambda x: getattr(x, "__name__", str(x) if isinstance(x, dict) else ""))
 def test_bad_input_is_refused_before_anything_is_written(script, tmp_path, changes, words):
     with pytest.raises(RunError) as error:
         script.train(small(script, tmp_path, **changes))
@@ -219,11 +208,7 @@ def test_bad_input_is_refused_before_anything_is_written(script, tmp_path, chang
 
 @pytest.mark.parametrize("space", ["MultiDiscrete([2, 3])", "Box(0, 9, (2,), np.int64)", "Box(-1, 1, (2, 2))", "Box(-1, 1, ())"])
 def test_action_space_that_no_script_handles(script, tmp_path, space):
-    class Odd(Count):
-        action_space = eval(space, vars(gym.spaces) | {"np": np})
-
-    gym.envs.registration.registry.pop("Odd-v0", None)
-    gym.register("Odd-v0", Odd)
+    register("Odd-v0", action_space=eval(space, vars(gym.spaces) | {"np": np}))
     with pytest.raises(RunError, match="no script here can"):
         script.train(small(script, tmp_path, env_id="Odd-v0"))
     assert list(tmp_path.iterdir()) == []
@@ -231,30 +216,25 @@ def test_action_space_that_no_script_handles(script, tmp_path, space):
 
 @pytest.mark.parametrize("error, message", [(ValueError(), "ValueError"), (ImportError("a\n  b"), "a b")])
 def test_environment_that_cannot_be_made(script, tmp_path, error, message):
-    def fail(**kwargs):
+    def fail(self, **options):
         raise error
 
-    gym.envs.registration.registry.pop("Fail-v0", None)
-    gym.register("Fail-v0", fail)
+    register("Fail-v0", __init__=fail)
     with pytest.raises(RunError, match=f"^--env-id Fail-v0: {message}$"):
         script.train(small(script, tmp_path, env_id="Fail-v0"))
 
 
 def test_what_a_copied_script_may_log(script, tmp_path, monkeypatch):
-    """Numbers of any kind, in any order, and in some epochs only."""
+    """Numbers of any kind, and in some epochs only."""
     diagnose = script.diagnose
     values = dict(Tensor=torch.tensor(0.5), Flag=True, Int=3, Float32=np.float32(0.25), Integer=np.int64(2))
     monkeypatch.setattr(script, "diagnose", lambda *args: diagnose(*args) | values)
     script.train(small(script, tmp_path))
-    table = rows(run_dir(script, tmp_path))
+    table = rows(run_dir(tmp_path))
     assert [[row[name] for name in values] for row in table] == [["0.5", "1.0", "3", "0.25", "2.0"]] * 2
 
-    metrics = iter([dict(A=1, B=2), dict(B=2, A=1)])
-    monkeypatch.setattr(script, "diagnose", lambda *args: diagnose(*args) | next(metrics))
-    script.train(small(script, tmp_path, exp_name="order"))
-    assert [(row["A"], row["B"]) for row in rows(tmp_path / "order/order_s0")] == [("1", "2")] * 2
-
     metrics = iter([dict(A=1), dict(B=2), {}])
+    monkeypatch.setattr(script, "diagnose", lambda *args: diagnose(*args) | next(metrics))
     script.train(small(script, tmp_path, exp_name="some", total_steps=600))
     assert [(row["A"], row["B"]) for row in rows(tmp_path / "some/some_s0")] == [("1", ""), ("", "2"), ("", "")]
 
@@ -276,17 +256,15 @@ def test_check_of_a_copy_with_discrete_actions_and_fewer_arguments():
 
 
 def test_observations_may_be_lists(tmp_path):
-    class Lists(Count):
-        def reset(self, **options):
-            obs, info = super().reset(**options)
-            return obs.tolist(), info
+    def reset(self, **options):
+        obs, info = Count.reset(self, **options)
+        return obs.tolist(), info
 
-        def step(self, action):
-            obs, *rest = super().step(action)
-            return obs.tolist(), *rest
+    def step(self, action):
+        obs, *rest = Count.step(self, action)
+        return obs.tolist(), *rest
 
-    gym.envs.registration.registry.pop("Lists-v0", None)
-    gym.register("Lists-v0", Lists)
+    register("Lists-v0", reset=reset, step=step)
     for script in (ON_POLICY[0], OFF_POLICY[0]):
         script.train(small(script, tmp_path, env_id="Lists-v0"))
 
@@ -306,7 +284,7 @@ def test_actions_belong_to_the_space(script, dtype):
 @pytest.mark.parametrize("high", [np.inf, np.finfo(np.float32).max, 1e300])
 def test_off_policy_refuses_actions_without_usable_bounds(script, high, tmp_path, monkeypatch):
     monkeypatch.setattr(Count, "action_space", gym.spaces.Box(-high, high, (2,), np.float64))
-    with pytest.raises(RunError, match="needs bounded actions"):
+    with pytest.raises(RunError, match="needs bounded actions.*vpg.py"):
         script.train(small(script, tmp_path, env_id="Count-v0"))
 
 
@@ -334,12 +312,10 @@ def test_data_dir_that_is_a_file(script, tmp_path):
 
 def test_max_ep_len_truncates(script, tmp_path):
     script.train(small(script, tmp_path, max_ep_len=7))
-    assert all(float(row["MaxEpLen"]) <= 7 for row in rows(run_dir(script, tmp_path)))
+    assert all(float(row["MaxEpLen"]) <= 7 for row in rows(run_dir(tmp_path)))
 
 
-def test_observations_are_normalised_inside_the_model(tmp_path):
-    import ppo
-
+def test_ppo_normalises_observations_inside_the_model(tmp_path):
     ac = ppo.train(small(ppo, tmp_path, env_id="Hopper-v4"))
     raw = ppo.train(small(ppo, tmp_path, env_id="Hopper-v4", norm_obs=False))
     obs = np.full((1, 11), 3.0)
@@ -355,7 +331,7 @@ def test_wandb_offline(tmp_path):
     wandb = dict(WANDB_MODE="offline", WANDB_API_KEY="secret0" * 6, WANDB_RUN_ID="agent7")
     done = run(sys.executable, ROOT / "ppo.py", *args, tmp_path, cwd=tmp_path, **wandb)
     assert done.returncode == 0, done.stderr
-    path = run_dir(ppo, tmp_path)
+    path = run_dir(tmp_path)
     assert json.loads((path / "config.json").read_text())["wandb_id"] == "agent7"
     assert list((path / "wandb").glob("offline-run-*-agent7/run-*.wandb"))
     assert {file.name for file in path.glob("wandb/offline-run-*/files/*")} >= {"ppo.py", "model.pt"}
@@ -364,48 +340,10 @@ def test_wandb_offline(tmp_path):
 
 
 @ONLY_OFF_POLICY
-@pytest.mark.parametrize("env_id, quantity", [("Broken-v0", "reward"), ("BrokenObs-v0", "observation")])
-def test_off_policy_nan_stops_the_run_and_keeps_the_model(script, tmp_path, env_id, quantity):
-    """The 150th step of the environment is in the second epoch."""
-    with pytest.raises(RunError, match=rf"{quantity} is not finite at step 150\b"):
-        script.train(small(script, tmp_path, env_id=env_id, exp_name="x", num_test_episodes=0))
-    saved = torch.load(tmp_path / "x/x_s0/model.pt", weights_only=True)
-    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
-    assert len(rows(tmp_path / "x/x_s0")) == 1
-
-
-@ONLY_OFF_POLICY
 def test_off_policy_nan_loss_stops_the_run(script, tmp_path):
     with pytest.raises(RunError, match=r"action is not finite at step 100\b"):
         script.train(small(script, tmp_path, q_lr=1e38, num_test_episodes=0))
     assert not list(tmp_path.glob("**/model.pt"))
-
-
-@ONLY_OFF_POLICY
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        (dict(batch_size=200), ["--batch-size 200", "--update-after 100", "try --update-after 200"]),
-        (dict(replay_size=10**13, total_steps=10**13), [f"--replay-size {10**13}", "GiB", "try --replay-size"]),
-        (dict(env_id="Unbounded-v0"), ["Unbounded-v0", "bounded", "vpg.py"]),
-        (dict(steps_per_epoch=121, num_envs=2), ["--steps-per-epoch 121", "120 or 122"]),
-        (dict(polyak=1.5), ["--polyak 1.5"]),
-        (dict(q_lr=0.0), ["--q-lr 0.0"]),
-        (dict(num_test_episodes=-1), ["--num-test-episodes -1"]),
-    ],
-    ids=lambda x: str(x) if isinstance(x, dict) else "",
-)
-def test_off_policy_bad_input_is_refused_before_anything_is_written(script, tmp_path, changes, words):
-    class Unbounded(Count):
-        action_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
-
-    gym.envs.registration.registry.pop("Unbounded-v0", None)
-    gym.register("Unbounded-v0", Unbounded)
-    with pytest.raises(RunError) as error:
-        script.train(small(script, tmp_path, **changes))
-    message = str(error.value)
-    assert "\n" not in message and all(word in message for word in words), message
-    assert list(tmp_path.iterdir()) == []
 
 
 @ONLY_OFF_POLICY

@@ -1,21 +1,13 @@
 """The benchmark's score against numbers computed by hand."""
 
-import json
 import sys
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import run, write_run
 
 from benchmark.score import Args, compare, main
 from utils.process import RunError
-
-
-def write(path, returns, **config):
-    path.mkdir(parents=True)
-    lines = [f"{1000 * (k + 1)}\t{ret}\t10.0" for k, ret in enumerate(returns)]
-    (path / "progress.txt").write_text("\n".join(["TotalEnvInteracts\tAverageEpRet\tStepsPerSec", *lines]) + "\n")
-    (path / "config.json").write_text(json.dumps(dict(script="ppo.py", env_id="X-v0", total_steps=4000, gamma=0.9) | config))
 
 
 @pytest.fixture
@@ -31,10 +23,10 @@ def score(capsys):
 
 
 def test_seeds_are_averaged_and_other_experiments_kept_apart(score, tmp_path):
-    write(tmp_path / "data/x_s0", [0, 10, 20, 0], seed=0)  # windows of 2: 5, 15, 10
-    write(tmp_path / "data/x_s1", [0, 40, "", 0], seed=1)  # blank where no episode ended: 20, 40, 0
-    write(tmp_path / "data/y_s0", [1, 1, 1, 1], seed=0, gamma=0.5)
-    write(tmp_path / "data/z_s0", [1, 1], seed=5)  # unfinished
+    write_run(tmp_path / "data/x_s0", [0, 10, 20, 0], seed=0)  # windows of 2: 5, 15, 10
+    write_run(tmp_path / "data/x_s1", [0, 40, "", 0], seed=1)  # blank where no episode ended: 20, 40, 0
+    write_run(tmp_path / "data/y_s0", [1, 1, 1, 1], seed=0, gamma=0.5)
+    write_run(tmp_path / "data/z_s0", [1, 1], seed=5)  # unfinished
     table, errors = score(tmp_path / "data", save=tmp_path / "kept")
     assert table == [
         ["x", "X-v0", "2", "28", "28", "5", "10", "0:", "15,", "1:", "40"],
@@ -50,7 +42,7 @@ def test_seeds_are_averaged_and_other_experiments_kept_apart(score, tmp_path):
 
 def test_test_returns_count_where_there_are_some(score, tmp_path):
     """The best single test, not a window of epochs, and not the return in training."""
-    write(tmp_path / "x_s0", [0, 0, 0, 0], seed=0, num_test_episodes=10)
+    write_run(tmp_path / "x_s0", [0, 0, 0, 0], seed=0, num_test_episodes=10)
     rows = (tmp_path / "x_s0/progress.txt").read_text().splitlines()
     tests = ["AverageTestEpRet", "3", "50", "7", "9"]
     (tmp_path / "x_s0/progress.txt").write_text("".join(f"{a}\t{b}\n" for a, b in zip(rows, tests, strict=True)))
@@ -60,9 +52,9 @@ def test_test_returns_count_where_there_are_some(score, tmp_path):
 
 
 def test_what_is_refused(score, tmp_path):
-    write(tmp_path / "a/x_s0", [1, 1, 1, 1], seed=0, gamma=0.5)
-    write(tmp_path / "b/x_s0", [2, 2, 2, 2], seed=0)
-    write(tmp_path / "unfinished/x_s0", [2, 2], seed=0)
+    write_run(tmp_path / "a/x_s0", [1, 1, 1, 1], seed=0, gamma=0.5)
+    write_run(tmp_path / "b/x_s0", [2, 2, 2, 2], seed=0)
+    write_run(tmp_path / "unfinished/x_s0", [2, 2], seed=0)
     with pytest.raises(RunError, match="--save: two of the runs are called x_s0; keep them in different directories"):
         score(tmp_path / "a", tmp_path / "b", save=tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
@@ -87,10 +79,10 @@ def test_a_comparison_by_hand():
 
 def test_experiments_are_compared_by_their_final_returns(score, tmp_path):
     for seed in range(5):
-        write(tmp_path / f"ppo_X-v0_s{seed}", [9, 9, 1, 1], seed=seed)
-        write(tmp_path / f"my_ppo_X-v0_s{seed}", [0, 0, 3, 5], seed=seed)
-        write(tmp_path / f"ppo_Y-v0_s{seed}", [1, 1, 1, 1], seed=seed, env_id="Y-v0")
-    write(tmp_path / "my_ppo_Y-v0_s0", [0, 0, 0, 0], seed=0, env_id="Y-v0")
+        write_run(tmp_path / f"ppo_X-v0_s{seed}", [9, 9, 1, 1], seed=seed)
+        write_run(tmp_path / f"my_ppo_X-v0_s{seed}", [0, 0, 3, 5], seed=seed)
+        write_run(tmp_path / f"ppo_Y-v0_s{seed}", [1, 1, 1, 1], seed=seed, env_id="Y-v0")
+    write_run(tmp_path / "my_ppo_Y-v0_s0", [0, 0, 0, 0], seed=0, env_id="Y-v0")
     lines = [" ".join(line) for line in score(tmp_path, compare=("ppo", "my_ppo"))[0]]
     assert lines[4:6] == [
         "X-v0, final return of my_ppo (5 seeds) minus that of ppo (5 seeds):",
