@@ -346,6 +346,14 @@ def test_off_policy_nan_loss_stops_the_run(script, tmp_path):
     assert not list(tmp_path.glob("**/model.pt"))
 
 
+def test_the_replay_size_that_is_suggested_fits():
+    args = ddpg.Args(env_id="Pendulum-v1", replay_size=10**14, total_steps=10**13)
+    with pytest.raises(RunError, match="try --replay-size") as error:
+        check(args)
+    args.replay_size = int(str(error.value).split()[-1])
+    check(args)
+
+
 @ONLY_OFF_POLICY
 def test_more_start_steps_than_steps_is_a_warning(script, tmp_path, capsys):
     script.train(small(script, tmp_path, start_steps=240, total_steps=130))  # two epochs of 120

@@ -107,11 +107,12 @@ def _check_env(args):
     )
     if batch_size > after:
         raise RunError(f"--batch-size {batch_size}: more than --update-after {after}; try --update-after {batch_size}")
-    needed = 4 * (2 * obs_space.shape[0] + math.prod(act_space.shape) + 2) * min(args.replay_size, total) / 2**30
+    size = min(args.replay_size, total)
+    needed = 4 * (2 * obs_space.shape[0] + math.prod(act_space.shape) + 2) * size / 2**30
     meminfo = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
     free = min((int(kib) / 2**20 for kib in re.findall(r"MemAvailable: +(\d+)", meminfo)), default=math.inf)  # GiB
     if needed > free:
-        smaller = int(float(f"{0.8 * free / needed * args.replay_size:.1e}"))
+        smaller = int(float(f"{0.8 * free / needed * size:.1e}"))
         text = f"needs {needed:.1f} GiB of memory, of which {free:.1f} GiB are free; try --replay-size {smaller}"
         raise RunError(f"--replay-size {args.replay_size}: {text}")
     endless = tests and args.max_ep_len is None and limit is None
