@@ -21,7 +21,6 @@ from rich.table import Table
 
 from utils.args import RunArgs
 from utils.process import RunError, say
-from utils.run_dir import read_rows
 
 GRACE = 20  # seconds that an interrupted run has for its checkpoint
 
@@ -104,6 +103,13 @@ class Run:
         text = self.output().strip()
         errors = re.findall(r"^(?:\[rank \d+\] )?[\w.]*(?:[Ee]rror|Exception|Interrupt)\b.*", text, re.M)
         return (errors or text.splitlines() or ["no output"])[-1] + f" (exit status {self.returncode})"
+
+
+def read_rows(path):
+    """The complete lines of a progress.txt: a list of dicts of strings by column, empty if there is no such file."""
+    text = path.read_bytes().decode(errors="replace") if path.is_file() else ""
+    header, *lines = text.split("\n")[:-1] or [""]
+    return [dict(zip(header.split("\t"), line.split("\t"), strict=False)) for line in lines]
 
 
 def steps_done(rows):

@@ -28,6 +28,7 @@ import ppo
 import sac
 import td3
 import vpg
+from benchmark.sweep import is_saved
 from utils import envs
 from utils.envs import make_env, say_once
 from utils.logger import Logger
@@ -219,7 +220,7 @@ def test_a_shorter_run(tmp_path, stop, capsys):
     assert same(cut, run_dir(tmp_path / "whole"))
     before = rows(cut)
     td3.train(td3.Args(resume=str(cut)))
-    assert "nothing to do" in capsys.readouterr().out and rows(cut) == before
+    assert "nothing to do" in capsys.readouterr().out and rows(cut) == before and is_saved(cut)
 
 
 class Drifting(Count):
@@ -312,10 +313,11 @@ def test_a_checkpoint_that_one_rank_lacks_is_not_used_and_deleted(tmp_path):
 
 
 def test_a_longer_run(tmp_path):
-    """600 steps and then on to 960 are 960 steps; the replay buffer grows."""
+    """600 steps and then on to 960 are 960 steps; the replay buffer grows, and a progress.txt that was lost is there again."""
     td3.train(tiny(td3, tmp_path / "whole", total_steps=960))
     td3.train(tiny(td3, tmp_path / "cut"))
     cut = run_dir(tmp_path / "cut")
+    (cut / "progress.txt").unlink()
     td3.train(td3.Args(resume=str(cut), total_steps=960))
     assert same(cut, run_dir(tmp_path / "whole"))
     config = json.loads((cut / "config.json").read_text())
@@ -339,7 +341,7 @@ def test_arguments_that_contradict_the_run(finished, tmp_path):
     assert "Traceback" not in default.stderr
 
 
-@pytest.mark.parametrize("what", ["missing", "truncated", "malicious", "foreign", "rows", "sizes"])
+@pytest.mark.parametrize("what", ["missing", "truncated", "malicious", "foreign", "sizes"])
 def test_broken_run_directories_are_refused_in_one_line(finished, tmp_path, what):
     (checkpoint,) = (finished / "checkpoint").iterdir()
     trap = tmp_path / "trap"
@@ -353,8 +355,6 @@ def test_broken_run_directories_are_refused_in_one_line(finished, tmp_path, what
         trap.unlink()  # so it would work
     elif what == "foreign":
         torch.save(dict(weights=torch.zeros(3)), checkpoint)
-    elif what == "rows":
-        os.truncate(finished / "progress.txt", 10)
     elif what == "sizes":
         config = json.loads((finished / "config.json").read_text())
         (finished / "config.json").write_text(json.dumps(config | dict(hidden_sizes=[5])))
@@ -377,7 +377,8 @@ def test_a_run_that_is_still_going_on_is_not_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(ppo, "update", resume_meanwhile)
     ppo.train(tiny(ppo, tmp_path, save_freq=1))
     assert len(refused) == 4 and [row["Epoch"] for row in rows(run_dir(tmp_path))] == list("01234")
-    ppo.train(ppo.Args(resume=str(run_dir(tmp_path))))  # now it is not
+    again = run("bash", "-c", f"{sys.executable} ppo.py --resume {run_dir(tmp_path)} <&-")  # now it is not; without a stdin
+    assert again.returncode == 0 and "nothing to do" in again.stdout, again.stderr
 
 
 def test_full_disk(tmp_path):

@@ -162,5 +162,5 @@ class Logger:
         if kind and self.run.saves and mpi.rank() == 0:
             hint = f"to go on: {shlex.join([*self.command, '--resume', str(self.dir)])}"
             error.add_note(hint) if issubclass(kind, Exception) else say(hint)  # after the traceback
-        if kind is SystemExit or self.signals.at_once:  # which never reach sys.excepthook
+        if kind is SystemExit:  # the script's own, or the second signal's, which no other rank has heard; never in sys.excepthook
             abort(f"exits: {error}")

@@ -104,12 +104,11 @@ class Signals:
     """Ctrl-C, SIGTERM and SIGHUP, noted in `got` instead of ending the process; the same one again ends it at once."""
 
     def __init__(self):
-        self.got, self.at_once, self.handlers, self.last = [], False, {}, 0.0
+        self.got, self.handlers, self.last = [], {}, 0.0
 
     def _note(self, signum, frame):
         if signum in self.got and time.monotonic() > self.last + 1:  # a terminal that closes may send it twice
-            self.at_once = True
-            raise Interrupted(128 + signum)
+            raise SystemExit(128 + signum)
         self.got, self.last = [*self.got, int(signum)], time.monotonic()
         if not (comm and comm.Get_rank()):
             say(f"{signal.Signals(signum).name}: writing a checkpoint as soon as possible (again: stop at once, without one)")

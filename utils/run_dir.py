@@ -16,7 +16,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import zlib
 from importlib import metadata
 
 import torch
@@ -59,13 +58,6 @@ def read_config(run_dir):
         if packages[0] and pathlib.Path(place, *packages[:n]).resolve().is_relative_to(pathlib.Path(run_dir).resolve()):
             raise RunError(f"{path}: env_id {config['env_id']!r} would execute code of the run directory")
     return config
-
-
-def read_rows(path):
-    """The complete lines of a progress.txt: a list of dicts of strings by column, empty if there is no such file."""
-    text = path.read_bytes().decode(errors="replace") if path.is_file() else ""
-    header, *lines = text.split("\n")[:-1] or [""]
-    return [dict(zip(header.split("\t"), line.split("\t"), strict=False)) for line in lines]
 
 
 def same_code(run_dir, script):
@@ -141,15 +133,17 @@ class RunDir:
         self.write("config.json", (json.dumps(self.config, indent=2) + "\n").encode())
         if self.args.resume is None:
             self.write(self.script.name, self.code)
-        elif self.rows:  # those after the checkpoint will come again
-            self.write("progress.txt", self._table(self.columns, self.rows))
+            return
+        table, path = self._table(self.columns, self.rows), self.path / "progress.txt"
+        if self.rows and (not path.exists() or path.read_bytes() != table):  # rows after the checkpoint will come again
+            self.write("progress.txt", table)
 
     def _lock(self):
         """Keep other processes from resuming this run; the lock ends with `close` or with the process."""
         try:
             import fcntl
 
-            self.lock = self.lock or os.open(self.path, os.O_RDONLY)
+            self.lock = os.open(self.path, os.O_RDONLY) if self.lock is None else self.lock  # 0 where stdin is closed
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"--resume {self.path}: this run is still going on, in another process") from None
@@ -184,8 +178,7 @@ class RunDir:
         if mpi.rank() == 0:
             with writing(self.path / "model.pt") as file:
                 torch.save({name: tensor.cpu() for name, tensor in module.state_dict().items()}, file)
-        checksum = zlib.crc32(self._table(self.columns, self.rows))
-        info = info | dict(rows=(len(self.rows), self.columns, checksum), random=random_states())
+        info = info | dict(rows=(self.columns, self.rows), random=random_states())
         with writing(self.path / f"checkpoint/{self.saves + 1}_rank{mpi.rank()}.ckpt") as file:
             state.write(file, info)
         mpi.average(0.0)  # waits for all ranks
@@ -212,14 +205,10 @@ class RunDir:
         try:
             with open(path, "rb") as file:
                 info = state.read(file, self.longer)
-                count, self.columns, checksum = info["rows"]
+                self.columns, self.rows = info["rows"]
         except Exception as error:  # whatever a broken or foreign file brings about
             raise RunError(f"--resume {self.path}: cannot use {path}: {one_line(error)}; start a new run") from error
-        if mpi.rank() == 0:
-            self.rows = read_rows(self.path / "progress.txt")[:count]
-            if zlib.crc32(self._table(self.columns, self.rows)) != checksum:
-                raise RunError(f"--resume {self.path}: progress.txt is not that of the checkpoint; it lacks rows or was edited")
-        mpi.average(0.0)  # not before the rows are found good
+        mpi.average(0.0)  # not before all checkpoints are found good
         self._delete_other_checkpoints()  # a half one, of which this run would come to write the other half
         set_random_states(info["random"])
         return info
@@ -234,5 +223,5 @@ class RunDir:
             shutil.rmtree(self.path, ignore_errors=True)
             with contextlib.suppress(OSError):
                 self.path.parent.rmdir()
-        if self.lock:
+        if self.lock is not None:
             os.close(self.lock)
