@@ -228,48 +228,10 @@ def time_table(cells, published):
     return table(["", "environment", "return", "their steps", "our steps", "minutes"], rows)
 
 
-def value_fits(args):
-    """The runs of the study of TRPO's critic, named."""
-    runs = load_runs([args.results], select=["trpo_Hopper"]) + load_runs([args.studies / "value-fits"])
-    runs = [run for run in runs if has_defaults(run.config, but=["train_v_iters"])]
-    for run in runs:
-        run.name = f"TRPO, train_v_iters {run.config['train_v_iters']}"
-    return runs
-
-
-def broadcast(args):
-    """The runs of the study of DDPG's bug, named."""
-    runs = load_runs([args.studies / "broadcast"])
-    for run in runs:
-        run.name = {"ddpg.py": "DDPG", "ddpg_no_squeeze.py": "critic without squeeze"}[run.config["script"]]
-    return runs
-
-
-def extras(args):
-    """The runs of the study of what PPO has beyond its paper, named."""
-    runs = load_runs([args.studies / "extras"])
-    for run in runs:
-        run.name = "PPO" if run.config["without"] == "nothing" else f"without {run.config['without']}"
-    return runs
-
-
-def autotune(args):
-    """The runs of the study of SAC's entropy coefficient, and the benchmark's with the same seeds up to as many steps, named."""
-    runs = load_runs([args.studies / "autotune"])
-    there = {(run.env_id, run.config["seed"]): run.config["total_steps"] for run in runs}
-    for run in load_runs([args.results]):
-        steps = there.get((run.env_id, run.config["seed"]))
-        if steps and run.config["script"] == "sac.py" and has_defaults(run.config):
-            run.rows = run.rows[run.rows["TotalEnvInteracts"] <= steps]
-            runs.append(run)
-    for run in runs:
-        run.name = "SAC, --autotune" if run.config["autotune"] else f"SAC, alpha {run.config['alpha']}"
-    return runs
-
-
-STUDIES = {  # functions that load the runs, text
+STUDIES = {  # the argument that differs, the name of a run by its value, text
     "value-fits": (
-        value_fits,
+        "train_v_iters",
+        "TRPO, train_v_iters {}".format,
         """## Value fits
 
 Exercise 2.1 of [Spinning Up](https://spinningup.openai.com/en/latest/spinningup/exercises.html): what the critic is worth to
@@ -277,7 +239,8 @@ TRPO, on Hopper-v4. A critic that is never trained is a fixed random function ar
 more than rewards to go, discounted by gamma lambda. The trained critic's runs are the benchmark's.""",
     ),
     "broadcast": (
-        broadcast,
+        "script",
+        {"ddpg.py": "DDPG", "ddpg_no_squeeze.py": "critic without squeeze"}.get,
         """## A silent bug
 
 Exercise 2.2 of Spinning Up: DDPG on HalfCheetah-v4, and DDPG with a critic whose values are (B, 1) instead of (B,), so that
@@ -285,7 +248,8 @@ its loss broadcasts to (B, B) without an error (`benchmark/studies/ddpg_no_squee
 64 transitions.""",
     ),
     "extras": (
-        extras,
+        "without",
+        lambda x: "PPO" if x == "nothing" else f"without {x}",
         """## What PPO has beyond its paper
 
 One addition at a time is left out of `ppo.py` (`benchmark/studies/ppo_without.py`). Runs have 300,000 steps, by the end of which
@@ -293,7 +257,8 @@ the learning rates have fallen to 0. The critic began at 0, which is no longer s
 the figure are 95% bootstrap intervals.""",
     ),
     "autotune": (
-        autotune,
+        "autotune",
+        {True: "SAC, --autotune", False: "SAC, alpha 0.2"}.get,
         """## SAC's entropy coefficient
 
 Learned with `--autotune`, which starts it at 0.2 and holds the entropy at minus the number of action dimensions, or fixed at 0.2,
@@ -301,6 +266,24 @@ the default: the benchmark's runs, cut to the study's steps. On HalfCheetah that
 `--total-steps 200000`.""",
     ),
 }
+
+
+def load_study(suite, args):
+    """The runs of a study, named, and the benchmark's of the same script, environment and seed, up to as many steps, if the study
+    differs from its defaults in nothing else."""
+    key, name, _ = STUDIES[suite]
+    runs, there = load_runs([args.studies / suite]), {}
+    for run in runs:
+        if run.config["script"] in ON_POLICY + OFF_POLICY and has_defaults(run.config, but=[key]):
+            there[run.config["script"], run.env_id, run.config["seed"]] = run.config["total_steps"]
+    for run in load_runs([args.results]) if there else ():
+        steps = there.get((run.config["script"], run.env_id, run.config["seed"]))
+        if steps and has_defaults(run.config):
+            run.rows = run.rows[run.rows["TotalEnvInteracts"] <= steps]
+            runs.append(run)
+    for run in runs:
+        run.name = name(run.config[key])
+    return runs
 
 
 def differences(finals):
@@ -322,9 +305,8 @@ def differences(finals):
 
 def study(suite, args):
     """Lines on a study and its figure. Raises RunError if curves are missing."""
-    load_study, text = STUDIES[suite]
-    command = f"`python -m benchmark.mujoco --suite {suite}`"
-    runs = load_study(args)
+    text, command = STUDIES[suite][-1], f"`python -m benchmark.mujoco --suite {suite}`"
+    runs = load_study(suite, args)
     names = list(dict.fromkeys(run.name for run in runs))
     if len(names) < 2:
         raise RunError(f"the study {suite} has only curves of {names}")

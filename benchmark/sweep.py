@@ -30,13 +30,13 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from benchmark.pool import Run, execute, interruptible, steps_done
+from benchmark.pool import Run, execute, interruptible, read_rows, steps_done
 from utils import mpi
-from utils.args import AtLeast1, cli
+from utils.args import AtLeast1, cli, spelled_out
 from utils.check import check, check_ranges
 from utils.evaluate import ROOT, import_script
 from utils.process import RunError, available_cores, say
-from utils.run_dir import read_config, read_rows, same_code
+from utils.run_dir import read_config, same_code
 
 MAY_DIFFER = ("exp_name", "data_dir", "resume", "torch_threads")  # between two attempts at the same run
 
@@ -91,14 +91,7 @@ def parse(argv):
         if is_tuple(key, args.scripts):
             values = values if " " in "".join(values) else [" ".join(values)]
             grid[key] = [f"[{value}]" for value in values]
-    return args, {key: values or [""] for key, values in grid.items()}
-
-
-def words(flag, value):
-    """What stands on a script's command line for a value of the grid."""
-    if value in ("", "True", "False"):
-        return [f"--no-{flag}" if value == "False" else f"--{flag}"]
-    return [f"--{flag}", *re.findall(r"[^\s,\[\]]+", value)] if value[0] == "[" else [f"--{flag}={value}"]
+    return args, {key: values or ["True"] for key, values in grid.items()}
 
 
 def shorthands(keys):
@@ -117,7 +110,7 @@ def safe(text):
 def plan(args, grid):
     """The Runs of a grid, checked, without starting or writing anything.
 
-    grid: a dict from flag, with a shorthand or without, to its values, as text; "" for none, "[64 64]" for a tuple.
+    grid: a dict from flag, with a shorthand or without, to its values, as text; "True" for a switch, "[64 64]" for a tuple.
     Raises RunError for what a run would refuse; SystemExit for what its command line would, after the script's message.
     """
     if mpi.size() > 1:
@@ -140,7 +133,7 @@ def plan(args, grid):
         Args, types = arguments(script)
         keys = [key for key in grid if flag_of(key) in types or flag_of(key) not in known]  # what is unknown it refuses itself
         for values in itertools.product(*map(grid.get, keys)):
-            argv = [word for key, value in zip(keys, values, strict=True) for word in words(flag_of(key), value)]
+            argv = [w for key, value in zip(keys, values, strict=True) for w in spelled_out(f"--{flag_of(key)}={value}")]
             run_args = cli(Args, argv + rest)
             run_args.exp_name = args.exp_name
             try:

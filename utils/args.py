@@ -92,7 +92,7 @@ def cli(Args, words=None):
     """`Args`, a dataclass on RunArgs, from the words of a command line, by default the program's. Exits as tyro does."""
     fields, common = Args.__dataclass_fields__, RunArgs.__dataclass_fields__
     Args.__dataclass_fields__ = dict(sorted(fields.items(), key=lambda item: item[0] in common))  # the order of the help
-    words = [word for w in (sys.argv[1:] if words is None else words) for word in _from_wandb(w)]
+    words = [word for w in (sys.argv[1:] if words is None else words) for word in spelled_out(w)]
     try:
         return tyro.cli(Args, args=words, description=sys.modules[Args.__module__].__doc__)
     except SystemExit as error:
@@ -104,8 +104,8 @@ def cli(Args, words=None):
         raise
 
 
-def _from_wandb(word):
-    """The words for what a W&B agent writes: --norm_obs=False is --no-norm-obs, --hidden_sizes=[8, 8] has two values."""
+def spelled_out(word):
+    """The words for what a sweep or a W&B agent writes: --norm_obs=False is --no-norm_obs, --hidden_sizes=[8, 8] has two values."""
     flag, _, value = word.partition("=")
     if flag.startswith("--") and value.lower() in ("true", "false"):
         return [flag if value.lower() == "true" else f"--no-{flag[2:]}"]
