@@ -318,10 +318,12 @@ def test_a_longer_run(tmp_path):
     td3.train(tiny(td3, tmp_path / "cut"))
     cut = run_dir(tmp_path / "cut")
     (cut / "progress.txt").unlink()
+    td3.train(td3.Args(resume=str(cut)))
+    assert is_saved(cut)
     td3.train(td3.Args(resume=str(cut), total_steps=960))
     assert same(cut, run_dir(tmp_path / "whole"))
     config = json.loads((cut / "config.json").read_text())
-    assert config["total_steps"] == 960 and config["resumed"] == [{name: config[name] for name in ("versions", "git_commit")}]
+    assert config["total_steps"] == 960 and config["resumed"] == [{name: config[name] for name in ("versions", "git_commit")}] * 2
 
 
 @pytest.fixture

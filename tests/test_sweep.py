@@ -88,6 +88,7 @@ if __name__ == "__main__":
 def fake(tmp_path, monkeypatch):
     """A script `fake.py` in the current directory, which is empty otherwise."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setattr(module, "check", lambda args, ranks: None)  # there is no environment Fake-v0
     module.arguments.cache_clear()
     (tmp_path / "fake.py").write_text(FAKE)
@@ -251,6 +252,9 @@ def test_python_function(fake):
     ]
     assert json.loads((runs[1].run_dir / "config.json").read_text())["hidden_sizes"] == [16]
     assert str(runs[1].run_dir) == "x/fake_A-v0_h16/fake_A-v0_h16_s0"
+    for key in ("exp_name", "data_dir"):
+        with pytest.raises(RunError, match="no argument that a sweep can vary"):
+            sweep("fake.py", {key: ["x"]})
 
 
 @pytest.mark.parametrize("seeds", [(0, 1), range(2), np.arange(2), {0: "", 1: ""}, iter([0, 1])])

@@ -170,7 +170,9 @@ def test_the_id_that_was_made_is_recorded(tmp_path, capsys):
     assert "(CartPole-v1, seed 0" in capsys.readouterr().out
 
 
-def test_time_goes_on_across_a_resume(tmp_path):
+def test_time_goes_on_across_a_resume(tmp_path, monkeypatch):
+    now = iter(range(10**6, 0, -3600))  # a clock that is set back
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
     ppo.train(small(ppo, tmp_path, exp_name="x"))
     ppo.train(ppo.Args(resume=str(tmp_path / "x/x_s0"), total_steps=800))
     times = [float(row["Time"]) for row in rows(tmp_path / "x/x_s0", without=())]

@@ -137,6 +137,8 @@ class RunDir:
         table, path = self._table(self.columns, self.rows), self.path / "progress.txt"
         if self.rows and (not path.exists() or path.read_bytes() != table):  # rows after the checkpoint will come again
             self.write("progress.txt", table)
+            with contextlib.suppress(OSError):
+                os.utime(self.path / "model.pt")  # which is not older than these rows
 
     def _lock(self):
         """Keep other processes from resuming this run; the lock ends with `close` or with the process."""
