@@ -253,8 +253,7 @@ its loss broadcasts to (B, B) without an error (`benchmark/studies/ddpg_no_squee
         """## What PPO has beyond its paper
 
 One addition at a time is left out of `ppo.py` (`benchmark/studies/ppo_without.py`). Runs have 300,000 steps, by the end of which
-the learning rates have fallen to 0. The critic began at 0, which is no longer so. Returns in training, with noise. The bars of
-the figure are 95% bootstrap intervals.""",
+the learning rates have fallen to 0. Returns in training, with noise. The bars of the figure are 95% bootstrap intervals.""",
     ),
     "autotune": (
         "autotune",
