@@ -29,7 +29,7 @@ def start(script, *options, **popen):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **popen)
     progress = pathlib.Path(options[options.index("--data-dir") + 1], "x/x_s0/progress.txt")
     deadline = time.monotonic() + 100
-    while not (progress.exists() and len(rows(progress.parent)) > 1) and process.poll() is None and time.monotonic() < deadline:
+    while not (progress.exists() and progress.read_text().count("\n") > 2) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     return process
 

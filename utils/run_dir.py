@@ -138,7 +138,7 @@ class RunDir:
         if self.rows and (not path.exists() or path.read_bytes() != table):  # rows after the checkpoint will come again
             self.write("progress.txt", table)
             with contextlib.suppress(OSError):
-                os.utime(self.path / "model.pt")  # which is not older than these rows
+                os.utime(self.path / "model.pt")  # it belongs to these rows; by the dates a sweep knows that a run is saved
 
     def _lock(self):
         """Keep other processes from resuming this run; the lock ends with `close` or with the process."""
