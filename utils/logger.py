@@ -19,6 +19,7 @@ import torch
 from utils import mpi
 from utils.check import check
 from utils.display import Display
+from utils.optim import fast_products
 from utils.process import Interrupted, RunError, Signals, abort, available_cores, refuse_other_launchers, say
 from utils.run_dir import RunDir
 from utils.state import State
@@ -31,6 +32,7 @@ def set_up(args):
     torch.set_num_threads(min(args.torch_threads, max(1, available_cores() // mpi.size())))
     # Adam's averages of dead units' gradients decay to numbers below 1e-38, with which some processors are much slower
     torch.set_flush_denormal(True)
+    fast_products(max(getattr(args, "hidden_sizes", ()), default=0))
     return mpi.seed_everything(args.seed)
 
 

@@ -1,10 +1,24 @@
-"""Adam, whose `step` in PyTorch spends more time in Python, per call, than networks this small need for the arithmetic."""
+"""Networks this small, faster than PyTorch trains them by default."""
 
 import torch
 
 
+def fast_products(width):
+    """Have the products of layers this wide made by oneDNN, which is up to twice as fast as MKL on AMD's processors; of narrow
+    ones MKL's are faster.
+
+    oneDNN takes over where bfloat16 may stand for float32. It rounds to bfloat16 on processors with AMX only, and there it is
+    told to leave again: float32 stays float32."""
+    matmul = torch.backends.mkldnn.matmul
+    matmul.fp32_precision = "bf16" if width >= 128 else "none"
+    x = torch.full((256, 256), 1 + 2**-12)  # has more digits than bfloat16
+    if not torch.equal(x @ torch.eye(256), x):
+        matmul.fp32_precision = "none"
+
+
 class Adam(torch.optim.Optimizer):
-    """torch.optim.Adam(fused=True), to the bit, without its options. arXiv:1412.6980. A group has one count of steps."""
+    """torch.optim.Adam(fused=True), to the bit, without its options and most of the time it spends in Python. arXiv:1412.6980.
+    A group has one count of steps."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps))
