@@ -36,6 +36,7 @@ import tyro
 
 from benchmark.mujoco import OFF_POLICY, ON_POLICY
 from utils.check import silence_environments
+from utils.optim import fast_products
 
 PEERS = {"trpo.py": {"sb3": ("sb3_contrib", "TRPO")}}  # by script and label: package and class
 for name in ("PPO", "DDPG", "TD3", "SAC"):
@@ -182,6 +183,7 @@ def peer_speeds(script, label, env_id, steps, threads):
 def main(args):
     silence_environments()
     torch.set_num_threads(1)
+    fast_products(256)  # as in the runs
     packages = {package for peers in PEERS.values() for package, _ in peers.values()}
     missing = {package for package in packages if args.peers and not importlib.util.find_spec(package)}
     for package in sorted(missing):
