@@ -298,6 +298,7 @@ def differences(finals):
                 x, low, high, _ = compare(finals[env_id][first], finals[env_id][name])
                 ax.errorbar(x, name, xerr=[[x - low], [high - x]], fmt="o", color=COLORS[0], markersize=3)
             ax.axvline(0, color="0.4", linewidth=0.8)
+            ax.locator_params(axis="x", nbins=5)
             ax.set(title=env_id, xlabel=f"Final return minus that of {first}", xmargin=0.05)
     return fig
 
