@@ -32,7 +32,7 @@ def set_up(args):
     torch.set_num_threads(min(args.torch_threads, max(1, available_cores() // mpi.size())))
     # Adam's averages of dead units' gradients decay to numbers below 1e-38, with which some processors are much slower
     torch.set_flush_denormal(True)
-    fast_products(max(getattr(args, "hidden_sizes", ()), default=0))
+    fast_products(np.max(getattr(args, "hidden_sizes", 0), initial=0))
     return mpi.seed_everything(args.seed)
 
 
