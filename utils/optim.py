@@ -4,11 +4,10 @@ import torch
 
 
 def fast_products(width):
-    """Have the products of layers this wide made by oneDNN, which is up to twice as fast as MKL on AMD's processors; of narrow
-    ones MKL's are faster.
+    """Let oneDNN multiply float32 matrices, on AMD's processors up to twice as fast as MKL, if layers are wide; else MKL is faster.
 
-    oneDNN takes over where bfloat16 may stand for float32. It rounds to bfloat16 on processors with AMX only, and there it is
-    told to leave again: float32 stays float32."""
+    oneDNN takes over where bfloat16 may stand for float32. It rounds to bfloat16 on processors with AMX only; where a trial
+    product comes out rounded, MKL stays."""
     matmul = torch.backends.mkldnn.matmul
     matmul.fp32_precision = "bf16" if width >= 128 else "none"
     x = torch.full((256, 256), 1 + 2**-12)  # has more digits than bfloat16
