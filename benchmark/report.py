@@ -50,9 +50,12 @@ class Cell:
         if self.experiment:
             self.curves, training = self.experiment.tests(), self.experiment.curves(window=1).mean(axis=1)
             self.mean, self.seeds = self.curves.mean(axis=1), self.curves.shape[1]
-            self.steady = self.mean.rolling(5).mean().max()
-            self.at_best = self.curves.loc[self.mean.idxmax()].to_numpy()  # (seeds,): returns where the mean is highest
-            self.best, self.std = self.at_best.mean(), self.at_best.std()
+            five = self.curves.rolling(min(5, len(self.curves))).mean()
+            self.point, self.std = self.mean.max(), self.curves.loc[self.mean.idxmax()].std(ddof=0)
+            self.best_5 = five.mean(axis=1).max()
+            points = self.curves if self.seeds > 2 else five  # a single point of one or two seeds holds too much noise
+            self.at_best = points.loc[points.mean(axis=1).idxmax()].to_numpy()  # (seeds,)
+            self.best = self.at_best.mean()
             finals, trained = self.curves[self.curves.index > 0.9 * self.curves.index[-1]].mean(), self.curves.iloc[-1]
             self.final, self.final_std = finals.mean(), finals.std(ddof=0)
             self.training = training[training.index > 0.9 * training.index[-1]].mean()
@@ -168,7 +171,7 @@ def ratio(cell):
 
 
 def summary_table(families):
-    """Lines of the table of all best points: a row for each algorithm, a column for each environment."""
+    """Lines of the table of our best: a row for each algorithm, a column for each environment."""
 
     def entry(cell):
         return f"{number(cell.best)} / {number(cell.published)} ({ratio(cell)})" if cell.experiment else "missing"
@@ -203,11 +206,11 @@ def cell_table(cells):
     for cell in cells:
         name = [cell.algo.upper(), cell.env_id]
         if cell.experiment:
-            best = with_deviation(cell.best, cell.std, cell.seeds)
+            point = with_deviation(cell.point, cell.std, cell.seeds)
             final = with_deviation(cell.final, cell.final_std, cell.seeds)
             trained = with_deviation(cell.trained, cell.trained_std, cell.seeds)
             noisy = number(cell.training) if f"{cell.algo}.py" in ON_POLICY else ""
-            points = [best, number(cell.steady), final, trained, noisy]
+            points = [point, number(cell.best_5), final, trained, noisy]
             rows.append([*name, cell.seeds, *points, number(cell.published), cell.source, ratio(cell)])
         else:
             rows.append([*name, 0, *[""] * 5, number(cell.published), cell.source, "missing"])
@@ -341,16 +344,17 @@ environments. `python -m benchmark.mujoco` makes the curves, `python -m benchmar
 
 - *Best point*: the highest point of the seed-averaged curve, the measure of the TD3 paper. A point is the mean of test episodes
   without noise: off-policy 10 every 10,000 steps, on-policy 5 of some 50 models. The fewer seeds a curve is averaged over, the
-  more noise its best point holds, and the more it flatters; *best 5*, the highest mean of five points in a row, flatters less.
+  more noise its best point holds, and the more it flatters. *Best 5* is the highest mean of five points in a row.
 - *Final 10%*: the mean over the last 10% of the steps; *in training*, of the returns in training, with noise.
 - *Trained*: the last point, of the trained policies, on-policy too of 10 episodes.
 - ±: the standard deviation over the seeds.
 - *Best published*: the highest mean that we know for the algorithm at {args.total_steps:,} steps, from `benchmark/published.csv`;
   for VPG that of A2C, a policy gradient with a critic as ours is. The on-policy ones come from tests with noise (Tianshou),
   tests without noise (TD3 paper) or training (Baselines, Spinning Up), or it is not said (XuanCe).
-- *Ratio*: our best point divided by the best published, rounded down, bold where it falls short.
+- *Ratio*: our best divided by the best published, rounded down, bold where it falls short. Our best is the best point, with
+  one or two seeds the best 5, which flatters less.
 
-Best point / best published (ratio):
+Our best / best published (ratio):
 """,
         *summary_table(families),
         "",
@@ -364,7 +368,7 @@ Best point / best published (ratio):
 
 Means and standard deviations over the seeds; dashed, the best published.
 
-Interquartile mean, over all runs, of the return at the best point of its cell (an algorithm on an environment) divided by the best
+Interquartile mean, over all runs, of the return where its cell (an algorithm on an environment) is best, divided by the best
 published; interval: bootstrap over each cell's seeds (arXiv:2108.13264), too narrow where a cell has one or two:
 """,
         *score_table(families),
