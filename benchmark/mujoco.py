@@ -1,4 +1,4 @@
-"""The learning benchmark: six algorithms, five environments, 1,000,000 steps, each file's own defaults; and four studies.
+"""The learning benchmark: six algorithms, five environments, 1,000,000 steps, each file's own defaults; and five studies.
 
     python -m benchmark.mujoco                                                      # all that is missing in benchmark/results
     python -m benchmark.mujoco --scripts ppo.py sac.py --env-ids Hopper-v4 --seeds 0 1
@@ -61,12 +61,17 @@ STUDIES = {  # scripts and grid; the first two are exercises 2.1 and 2.2 of Open
         ("sac.py",),
         {"env-id": ["HalfCheetah-v4", "Hopper-v4"], "autotune": ["True"], "seed": ["0", "1"]},
     ),
+    # against the benchmark's runs, which learn from 1,000 steps on; those that tell most come first
+    "late-updates": (
+        ("td3.py",),
+        {"seed": ["0", "1"], "env-id": "Hopper-v4 Walker2d-v4 Ant-v4 HalfCheetah-v4 Swimmer-v4".split(), "update-after": ["10000"]},
+    ),
 }
 
 
 @dataclass
 class Args:
-    suite: Literal["learning", "value-fits", "broadcast", "extras", "autotune"] = "learning"  # the benchmark, or a study
+    suite: Literal["learning", "value-fits", "broadcast", "extras", "autotune", "late-updates"] = "learning"  # or a study
     scripts: tuple[str, ...] = ON_POLICY + OFF_POLICY  # algorithm files of the benchmark
     env_ids: tuple[str, ...] = ENV_IDS  # environments of the benchmark
     seeds: tuple[int, ...] | None = None  # default: 0 to 4 on-policy, 0 and 1 off-policy; in a study its own
