@@ -5,7 +5,7 @@
     adv  =  generalized advantage estimates (GAE), arXiv:1506.02438; in L_pi normalised to mean 0 and standard deviation 1
 
 Beyond the paper, after arXiv:2006.05990: normalised observations and value targets, small initial means of the actions,
-advantages computed anew for each pass over the batch, learning rates that fall to 0. The deviations have a small one of their own.
+advantages computed anew for each pass over the batch, learning rates that fall to 0; that of the standard deviations is small.
 
     python ppo.py --env-id Walker2d-v4
     mpirun -n 4 python ppo.py --env-id Walker2d-v4

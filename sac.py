@@ -238,15 +238,15 @@ def update(ac, q_targ, pi_optimizer, q_optimizer, batch, args):
     q1, q2 = (q(batch.obs, batch.act) for q in ac.q)
     loss_q = q_loss(q1, q2, target)
     gradient_step(q_optimizer, loss_q)
+    metrics = dict(Q1Vals=q1.tolist(), Q2Vals=q2.tolist(), LossQ=loss_q.item())
 
     mu, log_std = ac.pi(batch.obs)
     act, logp = squashed_gaussian(mu, log_std, torch.randn_like(mu))
     loss_pi = policy_loss(*(q(batch.obs, act) for q in ac.q), logp, alpha)
     loss_alpha = alpha_loss(ac.log_alpha, logp.detach(), act.shape[-1]) if args.autotune else 0
-    gradient_step(pi_optimizer, loss_pi + loss_alpha)  # they share no parameters: neither loss has a gradient by the other's
+    gradient_step(pi_optimizer, loss_pi + loss_alpha)  # they share no parameters: each gets its own loss's gradient
     polyak_average(ac.q, q_targ, args.polyak)
-    losses = dict(LossQ=loss_q.item(), LossPi=loss_pi.item(), LogPi=logp.mean().item(), Alpha=alpha.item())
-    return dict(Q1Vals=q1.tolist(), Q2Vals=q2.tolist(), **losses)
+    return metrics | dict(LossPi=loss_pi.item(), LogPi=logp.mean().item(), Alpha=alpha.item())
 
 
 def test(ac, env, num_episodes):

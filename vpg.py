@@ -335,8 +335,7 @@ def train(args):
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(args.num_envs // mpi.size())]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
-    groups = [{"params": ac.pi.parameters(), "lr": args.pi_lr}, {"params": ac.v.parameters(), "lr": args.vf_lr}]
-    optimizer = Adam(groups, eps=1e-5)  # eps of OpenAI Baselines
+    optimizer = Adam([{"params": net.parameters()} for net in (ac.pi, ac.v)], eps=1e-5)  # eps of OpenAI Baselines
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
     buffer = Buffer(envs, args.steps_per_epoch // args.num_envs, seeds)
 

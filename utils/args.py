@@ -60,7 +60,7 @@ class RunArgs:
     keep_checkpoints: bool = False  # keep each saved model, as model_<epoch>.pt
     resume: str | None = None  # run directory of an interrupted run to go on with; only --total-steps may change
     device: str = "cpu"  # torch device of the networks: cpu, cuda, cuda:1, mps
-    torch_threads: AtLeast1 = 1  # torch threads per process, at most its cores; a second one makes the off-policy files a third faster
+    torch_threads: AtLeast1 = 1  # torch threads per process, at most its cores; a second one helps sac.py (docs/results.md)
     track: bool = False  # log to Weights & Biases too
     wandb_project: str = "deep-rl"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
