@@ -36,7 +36,7 @@ class Run:
     command: list[str] = field(default_factory=list)
     args: RunArgs | None = None  # the script's Args
     resumes: Path | None = None  # run directory to go on with
-    outdated: Path | None = None  # run directory of the same arguments, if there are only such of other code
+    outdated: Path | None = None  # run directory of the same arguments but other code, if there is one
     fraction_before: float = 0.0  # of the steps, which is done already in `resumes`
     process: subprocess.Popen | None = None
     log: Path | None = None

@@ -162,8 +162,6 @@ def table(header, rows):
 
 
 def ratio(cell):
-    if cell.experiment is None:
-        return "missing"
     if np.isnan(cell.published):
         return "none published"
     down = f"{math.floor(100 * cell.ratio) / 100:.2f}"  # so that nothing short of 1 reads 1.00

@@ -46,9 +46,7 @@ PEERS_SETTINGS = {  # of ours, so that both do the same work
     "ppo.py": "--num-envs 1 --steps-per-epoch 2048 --minibatch-size 64 --train-iters 10",
 } | dict.fromkeys(OFF_POLICY, "--num-envs 1 --batch-size 256 --hidden-sizes 256 256")
 PEERS_SETTINGS["sac.py"] += " --autotune"
-PEER_OPTIONS = dict.fromkeys(
-    OFF_POLICY, "policy_kwargs=dict(net_arch=[256, 256]), batch_size=256, train_freq=1, gradient_steps=1"
-)
+PEER_OPTIONS = "policy_kwargs=dict(net_arch=[256, 256]), batch_size=256, train_freq=1, gradient_steps=1"  # off-policy
 PEER_PROGRAM = """
 import time, torch, gymnasium
 from {package} import {name}
@@ -175,7 +173,7 @@ def mpi_speed(script, env_id, steps, ranks, options=""):
 def peer_speeds(script, label, env_id, steps, threads):
     """Speeds of a peer of `script`, after a warm-up."""
     package, name = PEERS[script][label]
-    warm_up, options = (500 if script in OFF_POLICY else 2048), PEER_OPTIONS.get(script, "")
+    warm_up, options = (500, PEER_OPTIONS) if script in OFF_POLICY else (2048, "")
     values = dict(package=package, name=name, env_id=env_id, threads=threads, warm_up=warm_up, options=options)
     return speeds(PEER_PROGRAM.format(steps=steps - 500, **values), threads)
 

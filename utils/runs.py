@@ -46,7 +46,8 @@ def read_run(file):
     if len(lines) < 2 or len({line.count(sep) for line in lines}) > 1:
         raise ValueError("its rows have different lengths" if lines[1:] else "it has no rows")
     rows = pd.read_csv(file, sep=sep, nrows=len(lines) - 1, dtype=float).replace([np.inf, -np.inf], np.nan)
-    rows = rows.rename(columns=KEPT | (dict(ret="AverageTestEpRet") if config.get("num_test_episodes") else {}))
+    if kept:
+        rows = rows.rename(columns=KEPT | (dict(ret="AverageTestEpRet") if config.get("num_test_episodes") else {}))
     for ret in ("AverageEpRet", "AverageTestEpRet"):
         if ret in rows and rows[ret].notna().any():
             rows["Performance"] = rows[ret]

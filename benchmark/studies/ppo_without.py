@@ -13,7 +13,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import ppo  # noqa: E402
-from ppo import ActorCritic  # noqa: E402, F401, to load the policy
+from ppo import ActorCritic  # noqa: E402
 from utils.args import cli  # noqa: E402
 
 
