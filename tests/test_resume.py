@@ -190,20 +190,6 @@ else:
         script.train(script.Args(resume=str(path)))
 
 
-def test_learning_rates_of_a_longer_run_fall_to_the_new_end(tmp_path, monkeypatch):
-    ppo.train(tiny(ppo, tmp_path))
-    rates, update = [], ppo.update
-
-    def spy(ac, optimizer, *rest):
-        rates.append(optimizer.param_groups[0]["lr"])
-        return update(ac, optimizer, *rest)
-
-    monkeypatch.setattr(ppo, "update", spy)
-    args = ppo.Args(resume=str(run_dir(tmp_path)), total_steps=1200)
-    ppo.train(args)
-    assert rates == pytest.approx([args.pi_lr * f for f in (0.5, 0.4, 0.3, 0.2, 0.1)])
-
-
 def test_a_shorter_run(tmp_path, stop, capsys):
     """Fewer steps than planned, of which some are done, are a run of that many; fewer than are done, an error."""
     td3.train(tiny(td3, tmp_path / "whole", total_steps=360))
@@ -328,7 +314,7 @@ def test_a_longer_run(tmp_path):
 
 @pytest.fixture
 def finished(tmp_path):
-    ppo.train(tiny(ppo, tmp_path))
+    ppo.train(tiny(ppo, tmp_path, keep_checkpoints=True))
     return run_dir(tmp_path)
 
 
@@ -338,9 +324,9 @@ def test_arguments_that_contradict_the_run(finished, tmp_path):
             ppo.Args(resume=str(finished), **changes)
     with pytest.raises(RunError, match="made by ppo.py, not by vpg.py"):
         vpg.Args(resume=str(finished))
-    default = run(sys.executable, "ppo.py", "--resume", finished, "--minibatch-size", "200")  # the default, but not this run's
-    assert default.returncode == 1 and "--minibatch-size 200: the run to resume has 30" in default.stderr
-    assert "Traceback" not in default.stderr
+    for flag, words in [("--minibatch-size=200", "200: the run to resume has 30"), ("--no_keep_checkpoints", "False: the run to")]:
+        default = run(sys.executable, "ppo.py", "--resume", finished, flag)  # the default, but not this run's
+        assert default.returncode == 1 and words in default.stderr and "Traceback" not in default.stderr
 
 
 @pytest.mark.parametrize("what", ["missing", "truncated", "malicious", "foreign", "sizes"])
@@ -606,7 +592,8 @@ def test_resumed_with_other_code(tmp_path):
     """Comments do not count; other code is said in one line, and noted. The run's own copy is never executed."""
     home = tmp_path / "home"
     shutil.copytree(ROOT / "utils", home / "utils")
-    text = (ROOT / "ppo.py").read_text()
+    text = (ROOT / "ppo.py").read_text().replace("import dataclass\n", "import dataclass, field\n")
+    text = text.replace("    lam: ", "    mine: list[int] = field(default_factory=list)\n    lam: ")
     (home / "mine.py").write_text(text)
     options = "--env-id CartPole-v1 --total-steps 200 --steps-per-epoch 200 --num-envs 2 --minibatch-size 50 --exp-name x".split()
     assert run(sys.executable, "mine.py", *options, cwd=home).returncode == 0

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import pathlib
 import re
 import sys
@@ -76,9 +75,10 @@ class RunArgs:
         if config["script"] != script:
             raise RunError(f"--resume {self.resume}: made by {config['script']}, not by {script}")
         words = sys.argv[1:] if module.__name__ == "__main__" else []
-        flags = {re.sub("^--(no-)?|=.*", "", word).replace("-", "_") for word in words if word.startswith("--")}
+        flags = {re.sub("^__(no_)?|=.*", "", word.replace("-", "_")) for word in words if word.startswith("--")}
+        defaults = type(self)()
         for field in dataclasses.fields(self):
-            value, default = getattr(self, field.name), getattr(type(self), field.name)
+            value, default = getattr(self, field.name), getattr(defaults, field.name)
             old = config.get(field.name, default)  # a script may have got new arguments since
             old = tuple(old) if isinstance(old, list) else old
             if value == default and field.name not in flags:
@@ -99,7 +99,7 @@ def cli(Args, words=None):
         several = re.findall(r"--(\S+)(?: (?!--)\S+){2,}", " ".join(words)) if error.code else []
         types = {name.replace("_", "-"): str(field.type) for name, field in fields.items()}
         if any("tuple" not in types.get(flag, "tuple") for flag in several):
-            script = os.path.basename(sys.argv[0])
+            script = pathlib.Path(sys.argv[0]).name
             print(f"for several runs: python -m benchmark.sweep {script} {' '.join(words)}", file=sys.stderr)
         raise
 
