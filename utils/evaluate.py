@@ -72,8 +72,9 @@ def load_policy(run_dir, itr=None, render_mode=None):
     config = read_config(run_dir) | {"device": "cpu", "resume": None}
     env_id, name = str(config.get("env_id")), config["script"]
     weights = _read_weights(run_dir, itr)
-    paths = [path for path in (ROOT / name, *ROOT.glob(f"*/{name}")) if not (path.parent / "config.json").exists()]
-    path = next(filter(Path.is_file, paths), None) if PureWindowsPath(name).name == name and name.endswith(".py") else None
+    paths = (ROOT / name, *ROOT.glob(f"*/{name}"), *ROOT.glob(f"*/*/{name}"))  # the last is a study's
+    paths = (path for path in paths if path.is_file() and not (path.parent / "config.json").exists())
+    path = next(paths, None) if PureWindowsPath(name).name == name and name.endswith(".py") else None
     if path is None:
         raise RunError(f"{run_dir / 'config.json'}: its script {name!r} is no Python file in {ROOT}; put it there")
     if not same_code(run_dir, path):
@@ -164,7 +165,6 @@ def evaluate(args):
             lens.append(length)
     env.close()
     summary = dict(mean=np.mean(rets), std=np.std(rets), min=np.min(rets), max=np.max(rets), mean_length=np.mean(lens))
-    summary = {name: float(value) for name, value in summary.items()}
     kind = "deterministic" if deterministic else "stochastic"
     print("  ".join(f"{name} {value:.2f}" for name, value in summary.items()) + f"  ({kind} policy)")
     if args.video:
