@@ -6,7 +6,6 @@ with Logger(args, __file__) as logger:
         logger.log(Epoch=epoch, EpRet=[12.0, 15.5], LossPi=-0.01, TotalEnvInteracts=2000)
 """
 
-import math
 import os
 import shlex
 import sys
@@ -75,7 +74,7 @@ class Logger:
             say(f"{self.dir}  ({args.env_id}, seed {args.seed}, {steps}, {args.device}, {ranks})")
             if self.epoch == count:
                 say(f"nothing to do: the run has its {self.last_steps:,} steps; --total-steps makes it longer")
-            self.display = Display(count * args.steps_per_epoch, self.last_steps)
+            self.display = Display(count * args.steps_per_epoch, self.stored.get("TotalEnvInteracts", self.last_steps))
         while self.epoch < count:
             yield self.epoch
             self.epoch += 1
@@ -124,7 +123,7 @@ class Logger:
                 row[name] = values[0] if type(values[0]) is int else sum(values) / len(values)
         steps, now = row["TotalEnvInteracts"], time.monotonic()
         for name, value in row.items():
-            if value != "" and not math.isfinite(value):
+            if value != "" and not np.isfinite(value):
                 raise RunError(f"{name} is {value} at step {steps:,}; model.pt is left as it was")
         row |= dict(Time=now - self.start, StepsPerSec=(steps - self.last_steps) / max(now - self.last_time, 1e-9))
         self.last_time, self.last_steps = now, steps

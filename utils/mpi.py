@@ -57,7 +57,7 @@ def check_equal(module):
     """Raise RunError unless all ranks hold the same parameters and buffers."""
     if _comm is None:
         return
-    digests = _comm.allgather([float(tensor.double().sum()).hex() for tensor in module.state_dict().values()])
+    digests = _comm.allgather([float(tensor.cpu().double().sum()).hex() for tensor in module.state_dict().values()])
     if any(digest != digests[0] for digest in digests):
         raise process.RunError("the ranks' parameters differ: something that steers the training is not averaged over the ranks")
 
