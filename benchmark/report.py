@@ -8,7 +8,6 @@ A cell is an algorithm on an environment; those without curves are named as miss
 
 import importlib
 import itertools
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +163,7 @@ def table(header, rows):
 def ratio(cell):
     if np.isnan(cell.published):
         return "none published"
-    down = f"{math.floor(100 * cell.ratio) / 100:.2f}"  # so that nothing short of 1 reads 1.00
+    down = f"{np.floor(100 * cell.ratio) / 100:.2f}"  # so that nothing short of 1 reads 1.00
     return down if cell.ratio >= 1 else f"**{down}**"
 
 
@@ -174,11 +173,8 @@ def summary_table(families):
     def entry(cell):
         return f"{number(cell.best)} / {number(cell.published)} ({ratio(cell)})" if cell.experiment else "missing"
 
-    rows = []
-    for cells in families.values():
-        for algo in dict.fromkeys(cell.algo for cell in cells):
-            rows.append([algo.upper(), *(entry(cell) for cell in cells if cell.algo == algo)])
-    return table(["", *ENV_IDS], rows)
+    by_algo = itertools.groupby(itertools.chain(*families.values()), lambda cell: cell.algo)
+    return table(["", *ENV_IDS], [[algo.upper(), *map(entry, cells)] for algo, cells in by_algo])
 
 
 def score_table(families):

@@ -12,7 +12,6 @@ which is never higher; `final` the last point of that curve. Experiments have th
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,7 +80,7 @@ def save(run, folder, name=None):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name or run.dir.name}.csv"
     run.rows.to_csv(path.with_suffix(".part"), index=False)
-    os.replace(path.with_suffix(".part"), path)
+    path.with_suffix(".part").replace(path)
     kept = {k: v for k, v in run.config.items() if k not in ("command", "data_dir", "exp_name", "resume")}
     path.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
 
@@ -112,10 +111,9 @@ def compare(a, b):
 
 def print_comparison(found, names, window):
     """Compare the final returns of two experiments, named, in each environment that has both."""
-    by_env = {}
-    for experiment in found:
-        by_env.setdefault(experiment.env_id, {})[experiment.name] = experiment
-    both = {env_id: [there[name] for name in names] for env_id, there in by_env.items() if there.keys() >= set(names)}
+    there = {(experiment.env_id, experiment.name): experiment for experiment in found}
+    pairs = {env_id: [there.get((env_id, name)) for name in names] for env_id, _ in there}
+    both = {env_id: pair for env_id, pair in pairs.items() if all(pair)}
     if not both:
         known = ", ".join(sorted({repr(experiment.name) for experiment in found}))
         raise RunError(f"--compare {' '.join(map(repr, names))}: no environment has both; there are {known}")

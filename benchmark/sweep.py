@@ -26,7 +26,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import tyro
 from tyro.conf import Positional
 
@@ -206,7 +205,7 @@ def sweep(script, grid, **options):
     args = Args(tuple(map(str, [script] if isinstance(script, str | Path) else script)), **options)
     texts = {}
     for key, values in grid.items():
-        if isinstance(values, tuple) and is_tuple(key, args.scripts) or isinstance(values, str) or not np.iterable(values):
+        if isinstance(values, tuple) and is_tuple(key, args.scripts) or isinstance(values, str) or not hasattr(values, "__iter__"):
             values = [values]
         texts[key] = [f"[{' '.join(map(str, value))}]" if isinstance(value, list | tuple) else str(value) for value in values]
     runs = plan(args, texts)

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,14 +104,8 @@ def matrix_rate(batch, width=256, repeats=500):
     """float32 operations per second of the products of a hidden layer: forward, and backward by input and by weight."""
     x, w, y = torch.randn(batch, width), torch.randn(width, width), torch.randn(batch, width)
     products = (lambda: x @ w.T, lambda: y @ w, lambda: y.T @ x)
-    best = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            for product in products:
-                product()
-        best.append(time.perf_counter() - start)
-    return 2 * batch * width * width * len(products) * repeats / min(best)
+    seconds = sum(min(timeit.repeat(product, number=repeats)) for product in products)
+    return 2 * batch * width * width * len(products) * repeats / seconds
 
 
 def update_operations(script, obs_dim, act_dim, batch, hidden=(256, 256), policy_delay=2):
