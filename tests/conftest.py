@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -136,6 +137,12 @@ def run(*command, cwd=ROOT, timeout=120, **env):
     path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | dict(PATH=path, OMP_NUM_THREADS="1", COLUMNS="200") | env
     return subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def wait_until(holds, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def rows(run_dir, without=("Time", "StepsPerSec")):

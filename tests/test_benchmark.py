@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import get_args
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, rows, run, small
+from conftest import ROOT, rows, run, small, wait_until
 
 import ddpg
 import ppo
@@ -108,9 +107,7 @@ def test_an_interrupted_benchmark_resumes_its_run(tmp_path):
     options = ["--seeds", "3", "--total-steps", "1000000", "--data-dir", tmp_path / "data", "--results", tmp_path / "kept"]
     process = subprocess.Popen([*COMMAND, *options], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     run_dir = tmp_path / "data/vpg_InvertedPendulum-v4/vpg_InvertedPendulum-v4_s3"
-    deadline = time.monotonic() + 120
-    while not list(run_dir.glob("checkpoint/*.ckpt")) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: list(run_dir.glob("checkpoint/*.ckpt")))
     process.send_signal(signal.SIGINT)
     assert "to go on: python -m benchmark.mujoco --scripts vpg.py" in process.communicate()[0]
     assert process.returncode == 130

@@ -122,27 +122,6 @@ def test_gae_is_the_double_sum(script):
             assert adv[t, n].item() == pytest.approx(total, abs=1e-4)
 
 
-def test_first_ratio_is_one_and_the_stored_action_is_unclipped(script):
-    """In a box of limit 0.4 the environment gets actions inside (Count asserts it), the buffer those that were sampled."""
-    args, ac, buffer = make(script, "Count-v0", 4, 50)
-    seen = []
-    sample = ac.sample
-
-    def spy(obs):
-        act = sample(obs)
-        mean, std = ac.pi.net(ac.normalise(obs)), ac.pi.log_std.exp()
-        seen.append((-0.5 * ((act - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1))
-        return act
-
-    ac.sample = spy
-    buffer.collect(ac)
-    batch = buffer.batch(ac)
-    assert np.abs(buffer.act).max() > 1
-    assert torch.allclose(batch.logp, torch.stack(seen), atol=1e-5)
-    for obs, act, logp_old in script.minibatches(50, batch.obs, batch.act, batch.logp):
-        assert torch.allclose(torch.exp(ac.pi(obs).log_prob(act) - logp_old), torch.ones(50), atol=1e-5)
-
-
 def test_actions_use_each_dimensions_own_bounds(script):
     """A missing bound lies 2 from the other one, two missing ones at -1 and 1."""
     low, high = np.array([-0.4, 0.0, -np.inf, 5.0, -np.inf]), np.array([0.4, 3.0, np.inf, np.inf, 5.0])

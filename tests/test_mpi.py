@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from conftest import ALL, OFF_POLICY, ON_POLICY, ROOT, rows, run
+from conftest import ALL, OFF_POLICY, ON_POLICY, ROOT, rows, run, wait_until
 
 from utils.check import check
 
@@ -200,17 +200,15 @@ vpg.train(vpg.Args(env_id="CartPole-v1", total_steps=10**6, num_envs=2, data_dir
 """
     assert mpirun("-c", program, timeout=60).returncode != 0
 
-    def runs(rank):
+    def ended(rank):
         path = pathlib.Path("/proc", (tmp_path / f"{rank}.pid").read_text(), "status")
         try:
-            return "State:\tZ" not in path.read_text()  # ended, but nobody has asked for its exit status
+            return "State:\tZ" in path.read_text()  # ended, but nobody has asked for its exit status
         except OSError:
-            return False
+            return True
 
-    deadline = time.monotonic() + 10
-    while any(map(runs, range(2))):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: all(map(ended, range(2))), 10)
+    assert all(map(ended, range(2)))
 
 
 def test_ranks_are_equal_where_all_hold_the_same_nan(tmp_path):
@@ -269,15 +267,16 @@ def test_runs_without_the_optional_packages(tmp_path, blocked):
 @pytest.mark.parametrize("script", OFF_POLICY, ids=lambda script: script.__name__)
 def test_off_policy_ranks_share_the_work(script, tmp_path):
     """One environment each with actions of its own, halves of the batch and of the replay buffer, as many updates as steps
-    of all, one set of parameters; and the gradient of the critics is that of the whole batch."""
+    of all, one set of parameters; and each gradient is that of the whole batch."""
     program = f"""
 import hashlib, pathlib, sys, torch, {script.__name__} as script
 from utils import mpi
 sizes, buffers, step = [], [], script.gradient_step
 def spy(optimizer, loss):
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = torch.autograd.grad(loss, params, retain_graph=True)
     step(optimizer, loss)
-    grad = [p.grad for group in optimizer.param_groups for p in group["params"]][0]
-    assert torch.allclose(grad, mpi.average(grad), rtol=1e-6)  # the same on all ranks
+    assert all(torch.allclose(p.grad, mpi.average(grad), rtol=1e-5, atol=1e-7) for p, grad in zip(params, grads, strict=True))
 script.gradient_step = spy
 sample, init = script.ReplayBuffer.sample, script.ReplayBuffer.__init__
 def spy_sample(self, batch_size, device):
@@ -303,33 +302,3 @@ pathlib.Path(sys.argv[1], f"{{mpi.rank()}}.txt").write_text(f"{{report}}|{{buffe
     assert report.split(", ", 1)[1] == f"{updates}, {{10}}, 150, 200, 400]"
     table = rows(tmp_path / f"{script.__name__}_Pendulum-v1/{script.__name__}_Pendulum-v1_s0")
     assert [row["TotalEnvInteracts"] for row in table] == ["200", "400"] and table[0]["AverageTestEpLen"] == "30.0"
-
-
-@pytest.mark.parametrize("scripts", [OFF_POLICY], ids=["ddpg-td3-sac"])
-def test_off_policy_averaged_gradient_is_the_whole_batchs_gradient(scripts, tmp_path):
-    program = f"""
-import importlib
-import copy, torch
-from gymnasium.spaces import Box
-from utils import mpi
-def check(script):
-    comm, average_gradients = mpi._comm, mpi.average_gradients
-    torch.manual_seed(0)
-    ac = script.ActorCritic(Box(-1, 1, (3,)), Box(-1, 1, (2,)), script.Args(hidden_sizes=(8,)))
-    obs, act, target = torch.randn(20, 3), torch.rand(20, 2), torch.randn(20)
-    def step(net, at):
-        q = [net.q(obs[at], act[at])] if script.__name__ == "ddpg" else [q(obs[at], act[at]) for q in net.q]
-        script.gradient_step(torch.optim.SGD(net.q.parameters(), lr=0.1), script.q_loss(*q, target[at]))
-    whole = copy.deepcopy(ac)
-    step(ac, slice(mpi.rank(), 20, 2))
-    script.mpi.average_gradients = lambda parameters: None
-    step(whole, slice(None))
-    for p, expected in zip(ac.parameters(), whole.parameters(), strict=True):
-        assert torch.allclose(p, expected, atol=1e-6)
-    print("EQUAL")
-    mpi._comm, mpi.average_gradients = comm, average_gradients
-for name in {[script.__name__ for script in scripts]}:
-    check(importlib.import_module(name))
-"""
-    done = mpirun("-c", program)
-    assert done.stdout.count("EQUAL") == 2 * len(scripts), done.stderr

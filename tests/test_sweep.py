@@ -7,12 +7,11 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, rows, run
+from conftest import ROOT, rows, run, wait_until
 
 from benchmark import pool
 from benchmark import sweep as module
@@ -269,9 +268,7 @@ def test_interrupted_then_skip_done(fake):
     """Seed 0 is through and seed 1 half through when Ctrl-C comes; seed 2 has not begun."""
     (fake / "hold1").touch()
     with start("fake.py --seed 0 1 2 --workers 1") as process:
-        deadline = time.monotonic() + 120
-        while not (fake / "data/fake_Fake-v0/fake_Fake-v0_s1/start").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until((fake / "data/fake_Fake-v0/fake_Fake-v0_s1/start").exists)
         process.send_signal(signal.SIGINT)
         out = process.communicate(timeout=60)[0]
     assert process.returncode == 130
@@ -307,9 +304,7 @@ sys.exit(f"got {sorted(map(int, got))}")
     (fake / "fake.py").write_text(FAKE.replace(guard, f'{guard}    exec("""{catch}""")\n'))
     with start("fake.py") as process:
         log = fake / "data/fake_Fake-v0/fake_Fake-v0_s0.log"
-        deadline = time.monotonic() + 120
-        while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until(lambda: log.exists() and log.read_text())
         (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         for pid in (process.pid, int(child)):
             os.kill(pid, signum)
@@ -376,11 +371,7 @@ def test_two_sweeps_of_one_name_at_once(fake):
     runs = [plan(Args(("fake.py",)), {"gamma": [gamma]})[0] for gamma in ("0.5", "0.6", "0.7")]
     for run in runs:
         run.launch()
-    deadline = time.monotonic() + 60
-    while any(run.run_dir is None for run in runs) and time.monotonic() < deadline:
-        time.sleep(0.05)
-        for run in runs:
-            run.poll()
+    wait_until(lambda: [run.poll() for run in runs] and all(run.run_dir for run in runs))
     (fake / "hold0").unlink()
     assert [run.process.wait(60) for run in runs] == [0, 0, 0]
     gammas = [json.loads((run.run_dir / "config.json").read_text())["gamma"] for run in runs]
