@@ -73,6 +73,7 @@ def test_nohup_is_heard(tmp_path):
     process = start("ppo.py", *LONG, "--env-id", "CartPole-v1", "--data-dir", tmp_path, **ignoring)
     process.send_signal(signal.SIGHUP)
     time.sleep(1)
+    assert process.poll() is None
     process.kill()
     assert "SIGHUP" not in process.communicate()[0]
 
