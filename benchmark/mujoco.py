@@ -17,6 +17,7 @@ curves of the studies always go to benchmark/studies. A run of DDPG, TD3 or SAC 
 minutes.
 """
 
+import contextlib
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -119,20 +120,19 @@ def is_kept(run, folder):
 def test(run, run_dir):
     """Note in the rows of a Run (of benchmark.score) the mean return of deterministic episodes of the models kept there, of 40 to
     80 if there are more: 5 episodes, and 10 of the last. All begin in the same states."""
-    last, rets = run.rows.index[-1], {}
+
+    def mean_return(epoch, episodes):
+        env, act = load_policy(run_dir, epoch)
+        with contextlib.closing(env):
+            return np.mean([ret for ret, _ in play(env, act, episodes, deterministic=True)])
+
+    last = run.rows.index[-1]
+    epochs = sorted({int(path.stem.removeprefix("model_")) for path in run_dir.glob("model_*.pt")} - {last})
     try:
-        env, act = load_policy(run_dir)
-        rets[last] = [ret for ret, _ in play(env, act, 10, deterministic=True)]
-        epochs = sorted({int(path.stem.removeprefix("model_")) for path in run_dir.glob("model_*.pt")} - {last})
-        for epoch in epochs[:: len(epochs) // 40 or 1]:
-            another, act = load_policy(run_dir, epoch)
-            another.close()
-            rets[epoch] = [ret for ret, _ in play(env, act, 5, deterministic=True)]
-        env.close()
+        rets = {epoch: mean_return(epoch, 5) for epoch in epochs[:: len(epochs) // 40 or 1]} | {last: mean_return(None, 10)}
+        run.rows["test_ret"] = run.rows.index.map(rets)
     except RunError as error:
         print(f"not tested, {error}", file=sys.stderr)
-    if rets:
-        run.rows["test_ret"] = run.rows.index.map({epoch: np.mean(of_epoch).round(1) for epoch, of_epoch in rets.items()})
 
 
 def main(args):

@@ -57,7 +57,7 @@ class Experiment:
         if self.config.get("num_test_episodes"):
             return self.curves().dropna()
         rets = {seed: run.rows.set_index("steps").get("test_ret", pd.Series()) for seed, run in sorted(self.runs.items())}
-        return pd.DataFrame(rets).dropna()
+        return pd.DataFrame(rets).dropna(axis=1, how="all").dropna()
 
 
 def load(*paths):
@@ -70,7 +70,7 @@ def load(*paths):
         if rows["ret"].isna().all() or rows["steps"].isna().any():
             print(f"left out, it has no returns by steps: {run.dir}", file=sys.stderr)
             continue
-        rows = rows.join(run.rows.filter(["test_ret"])).round(1)
+        rows = rows.join(run.rows.filter(["test_ret"]))
         runs.append(replace(run, rows=rows.astype({"steps": int})))
     return runs
 
@@ -79,7 +79,7 @@ def save(run, folder, name=None):
     """Keep a run's curve as <folder>/<name>.csv, which is there whole or not at all, and then its configuration as .json."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name or run.dir.name}.csv"
-    run.rows.to_csv(path.with_suffix(".part"), index=False)
+    run.rows.to_csv(path.with_suffix(".part"), index=False, float_format="%.6g")
     path.with_suffix(".part").replace(path)
     kept = {k: v for k, v in run.config.items() if k not in ("command", "data_dir", "exp_name", "resume")}
     path.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
@@ -109,6 +109,10 @@ def compare(a, b):
     return b.mean() - a.mean(), *np.percentile(resampled, [2.5, 97.5]), above + equal / 2
 
 
+def number(x):
+    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+
 def print_comparison(found, names, window):
     """Compare the final returns of two experiments, named, in each environment that has both."""
     there = {(experiment.env_id, experiment.name): experiment for experiment in found}
@@ -119,9 +123,10 @@ def print_comparison(found, names, window):
         raise RunError(f"--compare {' '.join(map(repr, names))}: no environment has both; there are {known}")
     for env_id, pair in both.items():
         a, b = (experiment.curves(window).ffill().iloc[-1].to_numpy() for experiment in pair)
-        difference, low, high, probability = compare(a, b)
+        *numbers, probability = compare(a, b)
+        difference, low, high = map(number, numbers)
         print(f"\n{env_id}, final return of {names[1]} ({len(b)} seeds) minus that of {names[0]} ({len(a)} seeds):")
-        print(f"{difference:.0f} (95% interval {low:.0f} to {high:.0f}), probability of improvement {probability:.2f}")
+        print(f"{difference} (95% interval {low} to {high}), probability of improvement {probability:.2f}")
         if min(len(a), len(b)) < 5:
             print("fewer than 5 seeds: the interval is narrower than it should be")
 
@@ -144,8 +149,8 @@ def main(args):
         mean, each = curves.mean(axis=1, skipna=False), curves.max()
         speed = pd.concat([run.rows["steps_per_sec"] for run in runs]).median()
         print(
-            f"{experiment.name:{width}} {experiment.env_id:16} {len(each):6}{each.mean():8.0f}{mean.max():14.0f}"
-            f"{mean.iloc[-1]:8.0f}{speed:9.0f}   {', '.join(f'{s}: {best:.0f}' for s, best in each.items())}"
+            f"{experiment.name:{width}} {experiment.env_id:16} {len(each):6}{number(each.mean()):>8}{number(mean.max()):>14}"
+            f"{number(mean.iloc[-1]):>8}{speed:9.0f}   {', '.join(f'{s}: {number(best)}' for s, best in each.items())}"
         )
         for run in runs if args.save else ():
             save(run, args.save)

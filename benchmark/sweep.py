@@ -88,7 +88,7 @@ def parse(argv):
     args.scripts = tuple(scripts)
     for key, values in grid.items():
         if is_tuple(key, args.scripts):
-            values = values if " " in "".join(values) else [" ".join(values)]
+            values = values if any(re.search(r"[ ,]\w", value) for value in values) else [" ".join(values)]
             grid[key] = [f"[{value}]" for value in values]
     return args, {key: values or ["True"] for key, values in grid.items()}
 

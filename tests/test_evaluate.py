@@ -173,10 +173,14 @@ def test_copied_script_under_another_name(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     refused("my_ppo.py", str(ROOT), run_dir=home / "data/x/x_s0")
     monkeypatch.setattr(evaluate, "ROOT", home)
-    (home / "benchmark/studies").mkdir(parents=True)
+    for folder in "another", "benchmark/studies":
+        (home / folder).mkdir(parents=True)
+        (home / folder / "my_ppo.py").write_text("import nothing")  # not the code of the run
     (home / "my_ppo.py").rename(home / "benchmark/studies/my_ppo.py")
     env, act = load_policy(home / "data/x/x_s0")
     assert len(list(play(env, act))) == 1 and hasattr(act.module, "mine")
+    (home / "benchmark/studies/my_ppo.py").unlink()
+    refused("my_ppo.py", "No module named 'nothing'", run_dir=home / "data/x/x_s0")
     change_config(home / "data/x/x_s0", script="ppo.py")
     refused("ppo.py", "mine.weight", run_dir=home / "data/x/x_s0")
 

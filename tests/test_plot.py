@@ -133,6 +133,10 @@ def test_names_prefixes_select_exclude_legend(tmp_path):
     assert names([tmp_path], exclude=["trpo", "Hopper"]) == walker
     assert names([tmp_path / "ppo"], legend=["A", "B"])[1:3] == ["A ppo_Hopper-v4_s1", "B ppo_Walker2d-v4_s0"]
     assert names([tmp_path / "ppo"], select=["Walker"], legend=["B"])[0] == "B ppo_Walker2d-v4_s0"
+    for seed in (0, 1):  # as benchmark.score keeps them
+        (tmp_path / f"kept_s{seed}.csv").write_text("steps,ret\n1,2\n")
+        (tmp_path / f"kept_s{seed}.json").write_text("{}")
+    assert names([tmp_path / "kept"], legend=["A"]) == ["A kept_s0", "A kept_s1"]
     with pytest.raises(RunError, match="--legend: 1 names for 2 directories: .*ppo_Hopper-v4, .*ppo_Walker2d-v4"):
         load_runs([tmp_path / "ppo"], legend=["A"])
     for env_id in "X-v0", "X-v0b", "my:X-v0":  # a setting of a sweep has one name in all environments

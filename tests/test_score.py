@@ -1,12 +1,14 @@
 """The benchmark's score against numbers computed by hand."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import run, write_run
 
-from benchmark.score import Args, compare, main
+from benchmark.score import Args, Experiment, compare, main
 from utils.process import RunError
 
 
@@ -29,7 +31,7 @@ def test_seeds_are_averaged_and_other_experiments_kept_apart(score, tmp_path):
     write_run(tmp_path / "data/z_s0", [1, 1], seed=5)  # unfinished
     table, errors = score(tmp_path / "data", save=tmp_path / "kept")
     assert table == [
-        ["x", "X-v0", "2", "28", "28", "5", "10", "0:", "15,", "1:", "40"],
+        ["x", "X-v0", "2", "27.5", "27.5", "5", "10", "0:", "15,", "1:", "40"],
         ["y", "X-v0", "1", "1", "1", "1", "10", "0:", "1"],
     ]
     assert "z_s0" in errors
@@ -49,6 +51,12 @@ def test_test_returns_count_where_there_are_some(score, tmp_path):
     table, _ = score(tmp_path, save=tmp_path / "kept")
     assert table == [["x", "X-v0", "1", "50", "50", "9", "10", "0:", "50"]]
     assert score(tmp_path / "kept")[0] == table
+
+
+def test_a_seed_without_tests_costs_only_itself():
+    rows = [pd.DataFrame(dict(steps=[1, 2], ret=1.0, **tests)) for tests in (dict(test_ret=[3.0, 4.0]), {})]
+    runs = {seed: SimpleNamespace(rows=table, config={}) for seed, table in enumerate(rows)}
+    assert Experiment("X-v0", "x", runs).tests().to_dict() == {0: {1: 3.0, 2: 4.0}}
 
 
 def test_what_is_refused(score, tmp_path):
@@ -79,13 +87,13 @@ def test_a_comparison_by_hand():
 
 def test_experiments_are_compared_by_their_final_returns(score, tmp_path):
     for seed in range(5):
-        write_run(tmp_path / f"ppo_X-v0_s{seed}", [9, 9, 1, 1], seed=seed)
-        write_run(tmp_path / f"my_ppo_X-v0_s{seed}", [0, 0, 3, 5], seed=seed)
+        write_run(tmp_path / f"ppo_X-v0_s{seed}", [0.9, 0.9, 0.1, 0.1], seed=seed)
+        write_run(tmp_path / f"my_ppo_X-v0_s{seed}", [0, 0, 0.32, 0.53], seed=seed)
         write_run(tmp_path / f"ppo_Y-v0_s{seed}", [1, 1, 1, 1], seed=seed, env_id="Y-v0")
     write_run(tmp_path / "my_ppo_Y-v0_s0", [0, 0, 0, 0], seed=0, env_id="Y-v0")
     lines = [" ".join(line) for line in score(tmp_path, compare=("ppo", "my_ppo"))[0]]
     assert lines[4:6] == [
         "X-v0, final return of my_ppo (5 seeds) minus that of ppo (5 seeds):",
-        "3 (95% interval 3 to 3), probability of improvement 1.00",
+        "0.325 (95% interval 0.325 to 0.325), probability of improvement 1.00",
     ]
     assert lines[6].startswith("Y-v0, final return of my_ppo (1 seeds)") and lines[8].startswith("fewer than 5 seeds")

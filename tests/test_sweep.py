@@ -126,6 +126,7 @@ def written(path):
         ("fake.py --env_id=ns/A-v0", "fake_ns-A-v0_s0"),
         ("fake.py --norm-obs True False", "fake_Fake-v0_norTrue_s0 fake_Fake-v0_norFalse_s0"),
         ("fake.py --hidden-sizes '64 64' 32", "fake_Fake-v0_hid64-64_s0 fake_Fake-v0_hid32_s0"),
+        ("fake.py --hidden-sizes 64,64 '[32,32]'", "fake_Fake-v0_hid64,64_s0 fake_Fake-v0_hid32,32_s0"),
         ("fake.py --hidden_sizes='[64, 64]' --norm_obs=False --seed=2", "fake_Fake-v0_s2"),
         ("fake.py --target-kl 1 2 --target-noise 3 4 --gamma 0 1 --exp-name x", None),
         ("fake.py --exp-name x --seed 0 1", "x_s0 x_s1"),

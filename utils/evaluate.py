@@ -74,7 +74,8 @@ def load_policy(run_dir, itr=None, render_mode=None):
     weights = _read_weights(run_dir, itr)
     paths = (ROOT / name, *ROOT.glob(f"*/{name}"), *ROOT.glob(f"*/*/{name}"))  # the last is a study's
     paths = (path for path in paths if path.is_file() and not (path.parent / "config.json").exists())
-    path = next(paths, None) if PureWindowsPath(name).name == name and name.endswith(".py") else None
+    paths = paths if PureWindowsPath(name).name == name and name.endswith(".py") else ()
+    path = min(paths, key=lambda path: not same_code(run_dir, path), default=None)  # where two have its name, the run's
     if path is None:
         raise RunError(f"{run_dir / 'config.json'}: its script {name!r} is no Python file in {ROOT}; put it there")
     if not same_code(run_dir, path):
@@ -82,8 +83,8 @@ def load_policy(run_dir, itr=None, render_mode=None):
     libraries = [name for name in ("EGL", "OSMesa") if ctypes.util.find_library(name)]
     if render_mode == "rgb_array" and sys.platform == "linux" and libraries:  # MuJoCo then draws without a window
         os.environ.setdefault("MUJOCO_GL", libraries[0].lower())
-    script = import_script(path)
     try:
+        script = import_script(path)
         silence_environments()
         names = {field.name for field in fields(script.Args)}  # of which older and newer versions may have others
         args = script.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names})

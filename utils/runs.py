@@ -86,7 +86,7 @@ def load_runs(paths, select=(), exclude=(), legend=()):
             if wanted and file.resolve() not in seen:
                 seen.add(file.resolve())
                 try:
-                    logdirs.setdefault(str(logdir), []).append(read_run(file))
+                    logdirs.setdefault(re.sub(r"_s\d+(_\d+)?\.csv$", "", str(logdir)), []).append(read_run(file))
                 except (OSError, ValueError) as error:
                     print(f"left out, {one_line(error)}: {file}", file=sys.stderr)
     if not logdirs:

@@ -14,7 +14,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import ddpg  # noqa: E402
-from ddpg import Args, train  # noqa: E402
+from ddpg import ActorCritic, Args, train  # noqa: E402, F401
 
 
 class Critic(ddpg.Critic):

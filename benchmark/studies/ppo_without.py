@@ -13,7 +13,6 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import ppo  # noqa: E402
-from ppo import ActorCritic  # noqa: E402
 from utils.args import cli  # noqa: E402
 
 
@@ -38,16 +37,12 @@ class Buffer(ppo.Buffer):
             env.cut = 0
 
 
-class RawObservations(ActorCritic):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.norm_obs = False
-
-
-class RawReturns(ActorCritic):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.ret_stats.update = lambda ret: None
+class ActorCritic(ppo.ActorCritic):
+    def __init__(self, obs_space, act_space, args):
+        super().__init__(obs_space, act_space, args)
+        self.norm_obs = args.norm_obs and args.without != "norm-obs"
+        if args.without == "norm-values":
+            self.ret_stats.update = lambda ret: None
 
 
 def train(args):
@@ -74,8 +69,6 @@ def train(args):
         return nn.Sequential(*layers[:-1])
 
     changes = {
-        "norm-obs": dict(ActorCritic=RawObservations),
-        "norm-values": dict(ActorCritic=RawReturns),
         "fresh-advantages": dict(advantages=advantages_of_first_pass),
         "lr-decay": dict(Adam=Constant),
         "small-actions": dict(mlp=lambda sizes, activation, out_gain: mlp(sizes, activation, 1.0)),
@@ -84,7 +77,7 @@ def train(args):
     }
     for name, x in changes.get(args.without, {}).items():
         setattr(ppo, name, x)
-    ppo.__file__ = __file__  # by which runs know their script
+    ppo.ActorCritic, ppo.__file__ = ActorCritic, __file__  # by the last one runs know their script
     return ppo.train(args)
 
 
