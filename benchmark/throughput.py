@@ -8,7 +8,7 @@ Peers: stable-baselines3 (TRPO: sb3-contrib), and SBX, the same algorithms in JA
 sbx-rl). Every repeat measures everything once, one after the other, each training in a process of its own, pinned to as many
 cores as it has threads; the table holds the medians over the repeats, of the ratio to the fastest peer too. A speed is that of
 whole training: acting, stepping, storing, updating and logging, from the end of the first epoch (of a warm-up, for peers) on, so
-without imports, compiling and first allocations. It is given in steps per second of wall time, and of the process's CPU time.
+without imports, compiling and first allocations.
 
 `peers' settings` are the networks, batches and updates per step of stable-baselines3's defaults, but networks of (256, 256)
 for DDPG and TD3; `own defaults` are the script's. The floor of an update is the time that its matrix products alone take at
@@ -55,22 +55,9 @@ torch.set_num_threads({threads})
 gymnasium.logger.min_level = gymnasium.logger.ERROR
 model = {name}("MlpPolicy", {env_id!r}, device="cpu", seed=0, {options})
 model.learn({warm_up})
-steps, wall, cpu = model.num_timesteps, time.perf_counter(), time.process_time()
+steps, start = model.num_timesteps, time.perf_counter()
 model.learn({steps}, reset_num_timesteps=False)  # on-policy whole rollouts, so more than these
-steps = model.num_timesteps - steps
-print("speeds", steps / (time.perf_counter() - wall), steps / (time.process_time() - cpu))
-"""
-OWN_PROGRAM = """
-import importlib, time
-from utils.logger import Logger
-script, marks, log = importlib.import_module({module!r}), [], Logger.log
-def timed_log(self, **metrics):
-    log(self, **metrics)
-    marks.append((self.last_steps, time.perf_counter(), time.process_time()))
-Logger.log = timed_log
-script.train(script.cli(script.Args, {words!r}))
-steps, wall, cpu = (last - first for first, last in zip(marks[0], marks[-1]))
-print("speeds", steps / wall, steps / cpu)
+print("speed", (model.num_timesteps - steps) / (time.perf_counter() - start))
 """
 
 
@@ -125,27 +112,21 @@ def update_operations(script, obs_dim, act_dim, batch, hidden=(256, 256), policy
     return critic_step + actor_step / (policy_delay if script == "td3.py" else 1)
 
 
-def speeds(program, threads):
-    """Steps per second of wall time and of CPU time that a program prints, in a process pinned to so many cores."""
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads]))
-    command = ["taskset", "-c", cores, sys.executable, "-c", program]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return [float(speed) for speed in done.stdout.rpartition("speeds")[2].split()]
+def pinned(threads):
+    """The words that start a command on so many cores."""
+    return ["taskset", "-c", ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads]))]
 
 
-def own_words(script, env_id, steps, threads, options, folder):
-    """The command line of a run of ours."""
-    words = f"--env-id {env_id} --total-steps {steps} --torch-threads {threads} --exp-name x --data-dir {folder} {options}"
+def own_speed(script, env_id, steps, launcher, threads=1, options=""):
+    """Steps per second of `script`, which the words of `launcher` start, from the end of its first epoch on."""
     if script in OFF_POLICY:  # all steps but the first with updates, as in the peers' runs
-        words += " --steps-per-epoch 500 --start-steps 0 --update-after 256 --num-test-episodes 0"
-    return words.split()
-
-
-def script_speeds(script, env_id, steps, threads, options):
-    """Speeds of `script`, from the end of its first epoch on."""
+        options += " --steps-per-epoch 500 --start-steps 0 --update-after 256 --num-test-episodes 0"
     with tempfile.TemporaryDirectory() as folder:
-        words = own_words(script, env_id, steps, threads, options, folder)
-        return speeds(OWN_PROGRAM.format(module=Path(script).stem, words=words), threads)
+        words = f"--env-id {env_id} --total-steps {steps} --torch-threads {threads} --exp-name x --data-dir {folder} {options}"
+        subprocess.run([*launcher, sys.executable, script, *words.split()], check=True, stdout=subprocess.DEVNULL)
+        rows = pd.read_csv(Path(folder) / "x/x_s0/progress.txt", sep="\t")
+    first, last = rows.iloc[0], rows.iloc[-1]
+    return (last["TotalEnvInteracts"] - first["TotalEnvInteracts"]) / (last["Time"] - first["Time"])
 
 
 def batch_per_rank(script, ranks):
@@ -155,22 +136,13 @@ def batch_per_rank(script, ranks):
     return " ".join(f"--{name.replace('_', '-')} {ranks * getattr(Args, name)}" for name in sizes)
 
 
-def mpi_speed(script, env_id, steps, ranks, options=""):
-    """Steps per second of wall time of `script` as so many ranks under mpirun, not pinned."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["mpirun", "-n", str(ranks), sys.executable, script, *own_words(script, env_id, steps, 1, options, folder)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        rows = pd.read_csv(Path(folder) / "x/x_s0/progress.txt", sep="\t")
-    first, last = rows.iloc[0], rows.iloc[-1]
-    return (last["TotalEnvInteracts"] - first["TotalEnvInteracts"]) / (last["Time"] - first["Time"])
-
-
-def peer_speeds(script, label, env_id, steps, threads):
-    """Speeds of a peer of `script`, after a warm-up."""
+def peer_speed(script, label, env_id, steps, threads):
+    """Steps per second of a peer of `script`, after a warm-up."""
     package, name = PEERS[script][label]
     warm_up, options = (500, PEER_OPTIONS) if script in OFF_POLICY else (2048, "")
     values = dict(package=package, name=name, env_id=env_id, threads=threads, warm_up=warm_up, options=options)
-    return speeds(PEER_PROGRAM.format(steps=steps - 500, **values), threads)
+    command = [*pinned(threads), sys.executable, "-c", PEER_PROGRAM.format(steps=steps - 500, **values)]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.rpartition("speed")[2])
 
 
 def main(args):
@@ -186,56 +158,56 @@ def main(args):
         args.ranks = ()
     measured, rates = {}, []
 
-    def measure(key, values):
-        measured.setdefault(key, []).append(values)
-        print(f"{' '.join(map(str, key))}: {', '.join(f'{value:,.0f}' for value in values)}", file=sys.stderr, flush=True)
+    def measure(key, speed):
+        measured.setdefault(key, []).append(speed)
+        print(f"{' '.join(map(str, key))}: {speed:,.0f}", file=sys.stderr, flush=True)
 
     for _ in range(args.repeats):
-        measure(("bare env.step", "", 1), [bare_steps_per_sec(args.env_id)])
+        measure(("bare env.step", "", 1), bare_steps_per_sec(args.env_id))
         rates.append(matrix_rate(256))
         for script in args.scripts:
             steps = args.off_policy_steps if script in OFF_POLICY else args.on_policy_steps
             for threads in args.torch_threads:
-                common = (args.env_id, steps, threads)
                 for label, (package, _) in PEERS.get(script, {}).items() if args.peers else ():
                     if package not in missing:
-                        measure((script, label, threads), peer_speeds(script, label, *common))
+                        measure((script, label, threads), peer_speed(script, label, args.env_id, steps, threads))
+                own = (script, args.env_id, steps, pinned(threads), threads)
                 if script in PEERS_SETTINGS:
-                    measure((script, "peers' settings", threads), script_speeds(script, *common, PEERS_SETTINGS[script]))
-                measure((script, "own defaults", threads), script_speeds(script, *common, ""))
+                    measure((script, "peers' settings", threads), own_speed(*own, PEERS_SETTINGS[script]))
+                measure((script, "own defaults", threads), own_speed(*own))
             for ranks in args.ranks:
-                measure((script, "mpirun", ranks), [mpi_speed(script, args.env_id, steps, ranks)])
+                own = (script, args.env_id, steps, ["mpirun", "-n", str(ranks)])
+                measure((script, "mpirun", ranks), own_speed(*own))
                 if script in ON_POLICY and ranks > 1:
-                    options = batch_per_rank(script, ranks)
-                    measure((script, "a batch each", ranks), [mpi_speed(script, args.env_id, steps, ranks, options)])
+                    measure((script, "a batch each", ranks), own_speed(*own, options=batch_per_rank(script, ranks)))
 
-    median = {key: np.median(values, axis=0) for key, values in measured.items()}
-    bare, rate = median["bare env.step", "", 1][0], np.median(rates)
+    median = {key: np.median(values) for key, values in measured.items()}
+    bare, rate = median["bare env.step", "", 1], np.median(rates)
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "gymnasium", "mujoco"))
     limits = f"bare env.step {bare:,.0f}/s, float32 {rate / 1e9:.0f} GFLOP/s"
     print(f"{args.env_id}, medians of {args.repeats}, {versions}; {limits}")
-    head = f"{'':9}{'settings':17}{'threads':>8}{'steps/s':>9}{'per CPU s':>11}{'of bare':>9}"
+    head = f"{'':9}{'settings':17}{'threads':>8}{'steps/s':>9}{'of bare':>9}"
     print(f"{head}{'fastest peer':>14}{'ratio':>7}{'of floor':>10}")
     env = gym.make(args.env_id)
-    dims = env.observation_space.shape[0], env.action_space.shape[0]
     for (script, settings, threads), speed in median.items():
         if settings in ("", "mpirun", "a batch each"):
             continue
-        line = f"{script:9}{settings:17}{threads:8}{speed[0]:9,.0f}{speed[1]:11,.0f}{speed[0] / bare:9.3f}"
+        line = f"{script:9}{settings:17}{threads:8}{speed:9,.0f}{speed / bare:9.3f}"
         keys = {label: (script, label, threads) for label in PEERS.get(script, {})}
-        peers = {median[key][0]: label for label, key in keys.items() if key in median}
+        peers = {median[key]: label for label, key in keys.items() if key in median}
         if settings == "peers' settings" and peers:
             label = peers[max(peers)]
-            pairs = zip(measured[script, settings, threads], measured[keys[label]], strict=True)
-            line += f"{label:>14}{np.median([ours[0] / theirs[0] for ours, theirs in pairs]):7.2f}"
+            ratios = np.divide(measured[script, settings, threads], measured[keys[label]])
+            line += f"{label:>14}{np.median(ratios):7.2f}"
             if script in OFF_POLICY and threads == 1:
-                line += f"{speed[0] * update_operations(script, *dims, 256) / rate:10.2f}"
+                dims = env.observation_space.shape[0], env.action_space.shape[0]
+                line += f"{speed * update_operations(script, *dims, 256) / rate:10.2f}"
         print(line)
     if args.ranks:
         print(f"\nmpirun -n, {os.cpu_count()} cores: steps/s, and times that of -n {args.ranks[0]}; at the script's defaults,")
         print(f"and with the default batch and environments for each rank\n{'':22}" + "".join(f"{r:16}" for r in args.ranks))
     for script, kind in itertools.product(args.scripts if args.ranks else (), ("mpirun", "a batch each")):
-        speed = [median.get((script, kind, r), median[script, "mpirun", r])[0] for r in args.ranks]
+        speed = [median.get((script, kind, r), median[script, "mpirun", r]) for r in args.ranks]
         if kind == "mpirun" or script in ON_POLICY:
             print(f"{script:9}{kind:13}" + "".join(f"{v:10,.0f}{f'({v / speed[0]:.2f})':>6}" for v in speed))
 
