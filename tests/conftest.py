@@ -29,8 +29,8 @@ from utils.evaluate import Policy, play  # noqa: E402
 
 ON_POLICY = [vpg, trpo, ppo]
 OFF_POLICY = [ddpg, td3, sac]
-ALL = pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY, ids=lambda script: script.__name__)
-BOTH = pytest.mark.parametrize("script", [ppo, td3], ids=lambda script: script.__name__)  # a file of each family
+ALL = pytest.mark.parametrize("script", ON_POLICY + OFF_POLICY)
+BOTH = pytest.mark.parametrize("script", [ppo, td3])  # a file of each family
 
 
 def pytest_addoption(parser):
@@ -102,10 +102,10 @@ gym.register("Broken-v0", lambda **options: Broken(**options))
 gym.register("BrokenObs-v0", lambda **options: Broken(where="observation", bad=float("inf"), **options))
 
 
-def register(name, **members):
+def register(name, length=3, **members):
     """An environment that is Count with other members."""
-    gym.envs.registration.registry.pop(name, None)
-    gym.register(name, lambda **options: type("Mine", (Count,), members)(**options))
+    gym.registry.pop(name, None)
+    gym.register(name, lambda **options: type("Mine", (Count,), members)(**dict(length=length) | options))
 
 
 class Trap:
@@ -118,7 +118,7 @@ class Trap:
         return open, (str(self.path), "w")
 
 
-@pytest.fixture(params=ON_POLICY, ids=lambda script: script.__name__)
+@pytest.fixture(params=ON_POLICY)
 def script(request):
     return request.param
 

@@ -40,12 +40,9 @@ class Asymmetric(Count):
 gym.register("Asymmetric-v0", Asymmetric)
 
 
-@pytest.fixture(params=OFF_POLICY, ids=lambda script: script.__name__)
+@pytest.fixture(params=OFF_POLICY)
 def script(request):
     return request.param
-
-
-deterministic_policies = pytest.mark.parametrize("script", [ddpg, td3], ids=lambda script: script.__name__)
 
 
 def forward(net, x):
@@ -146,53 +143,35 @@ def changed(module, before):
 # Targets and losses
 
 
-def test_target_and_predictions_inside_update(script, monkeypatch):
-    """SAC with an alpha that is no longer the one of the command line; TD3 with noise that both clips have to cut on both sides."""
-    changes = dict(target_noise=2.0, noise_clip=1.5) if script is td3 else {}
-    learner, seen = Learner(script, **changes), []
-    if script is sac:
-        learner.ac.log_alpha.data.fill_(math.log(0.7))
-    monkeypatch.setattr(script, "q_loss", lambda *args, q_loss=script.q_loss: seen.append(args) or q_loss(*args))
-    expected, expected_target = values(learner.ac.q, learner.arrays.obs, learner.arrays.act), learner.target()
-    metrics = learner.update()
-    *predictions, target = seen[0]
-    assert len(seen) == 1 and target.tolist() == pytest.approx(expected_target, rel=1e-6)
-    assert not target.requires_grad
-    assert torch.stack(predictions).tolist() == [pytest.approx(q) for q in expected]
-    assert len(predictions) == 1 or not torch.equal(*predictions)  # two critics, not one twice
-    assert metrics["LossQ"] == pytest.approx(((expected - expected_target) ** 2).mean(1).sum(), rel=1e-6)
-
-
 def assert_step(learner, module, loss):
-    """One update changes the module's parameters by minus the gradient of loss()."""
+    """One update changes the module's parameters by minus the gradient of loss(). Returns its metrics."""
     before, grads = weights(module), numeric_gradient(loss, module.parameters())
-    learner.update()
+    metrics = learner.update()
     for (name, p), grad in zip(module.named_parameters(), grads, strict=True):
         assert torch.allclose(before[name] - p, grad, atol=1e-7) and grad.abs().max() > 1e-3
+    return metrics
 
 
 def test_step_of_the_critics_is_the_gradient_with_a_fixed_target(script):
-    learner = Learner(script, pi_lr=0.0, alpha_lr=0.0)
-    batch, target = learner.arrays, learner.target()
-    assert_step(learner, learner.ac.q, lambda: ((values(learner.ac.q, batch.obs, batch.act) - target) ** 2).mean(1).sum())
+    """SAC with an alpha that is no longer the one of the command line; TD3 with noise that both clips have to cut on both sides."""
+    learner = Learner(script, pi_lr=0.0, alpha_lr=0.0, **(dict(target_noise=2.0, noise_clip=1.5) if script is td3 else {}))
+    if script is sac:
+        learner.ac.log_alpha.data.fill_(math.log(0.7))
+    q, batch, target = learner.ac.q, learner.arrays, learner.target()
+    before = values(q, batch.obs, batch.act)
+    metrics = assert_step(learner, q, lambda: ((values(q, batch.obs, batch.act) - target) ** 2).mean(1).sum())
+    assert [metrics[name] for name in metrics if name.endswith("Vals")] == [pytest.approx(val) for val in before]
+    assert metrics["LossQ"] == pytest.approx(((before - target) ** 2).mean(1).sum(), rel=1e-6)
 
 
 def test_step_of_the_policy_is_the_gradient_through_the_critic(script):
     learner = Learner(script, q_lr=0.0, alpha_lr=0.0)
-    assert_step(learner, learner.ac.pi, learner.policy_loss)
-
-
-def test_metrics(script):
-    """Of the last update, before its step."""
-    learner = Learner(script, pi_lr=0.0, q_lr=0.0, alpha_lr=0.0)
-    got = learner.update()
-    names = ["QVals"] if script is ddpg else ["Q1Vals", "Q2Vals"]
-    expected = values(learner.ac.q, learner.arrays.obs, learner.arrays.act)
-    assert [got[name] for name in names] == [pytest.approx(val) for val in expected]
-    assert got["LossPi"] == pytest.approx(learner.policy_loss())
+    before = dict(LossPi=learner.policy_loss())
     if script is sac:
         _, logp = squash(*np.split(forward(learner.ac.pi.net, learner.arrays.obs), 2, -1), learner.noise[1])
-        assert got["LogPi"] == pytest.approx(logp.mean()) and got["Alpha"] == pytest.approx(0.2)
+        before |= dict(LogPi=logp.mean(), Alpha=0.2)
+    metrics = assert_step(learner, learner.ac.pi, learner.policy_loss)
+    assert {name: metrics[name] for name in before} == pytest.approx(before)
 
 
 def test_learning_rates(script, tmp_path, monkeypatch):
@@ -243,16 +222,6 @@ def test_q_loss_refuses_shapes_that_would_broadcast(script):
 # SAC's distribution and temperature
 
 
-def test_sac_log_probability_is_that_of_torch_distributions():
-    torch.manual_seed(0)
-    mu, log_std, noise = torch.randn(100, 3).double(), torch.randn(100, 3).double() / 2, torch.randn(100, 3).double()
-    act, logp = sac.squashed_gaussian(mu, log_std, noise)
-    base, squash = torch.distributions.Normal(mu, log_std.exp()), torch.distributions.TanhTransform()
-    expected = torch.distributions.TransformedDistribution(base, squash).log_prob(act).sum(-1)
-    assert act.shape == (100, 3) and torch.allclose(logp, expected, rtol=1e-6)
-    assert torch.allclose(act, torch.tanh(mu + log_std.exp() * noise))
-
-
 def test_sac_extreme_actions_have_finite_log_probabilities_and_gradients():
     """Far out log(1 - tanh(u)^2) = log 4 - 2|u|; computed from tanh(u) it would be log 0."""
     grid = torch.cartesian_prod(torch.tensor([-30.0, 30.0]), torch.linspace(-20, 2, 12), torch.linspace(-1.9, 1.9, 5))
@@ -287,13 +256,6 @@ def test_sac_autotuned_alpha_follows_the_policys_entropy(log_std, rises):
     assert (learner.ac.log_alpha.exp().item() > 0.3) == rises
 
 
-@pytest.mark.parametrize("autotune", [False, True])
-def test_sac_alpha_changes_only_if_asked(tmp_path, autotune):
-    ac = sac.train(small(sac, tmp_path, exp_name="x", autotune=autotune, alpha=0.3))
-    assert (ac.log_alpha.exp().item() == pytest.approx(0.3)) != autotune
-    assert [float(row["Alpha"]) == pytest.approx(0.3) for row in rows(tmp_path / "x/x_s0")] == [not autotune] * 2
-
-
 # The replay buffer
 
 
@@ -324,31 +286,15 @@ def transitions(env, length, num_steps, terminates=True):
     return [(k, env, t, k + 1, k + 1, int(terminates and k + 1 == length)) for t, k in steps]
 
 
-@pytest.mark.parametrize("num_steps", [1, 3, 5, 6, 12, 13])
-def test_buffer_holds_exactly_the_last_transitions(script, num_steps):
-    """Five places; no transition leads from an episode's end into the next one, and empty places are never drawn."""
-    buffer, _ = fill(script, [make_env("Count-v0")], 5, num_steps)
-    assert set(stored(buffer)) == set(transitions(0, 3, num_steps)[-5:])
-
-
-def test_every_stored_transition_is_drawn_equally_often(script):
-    for num_steps in (7, 20, 33):  # a part, all and more than what fits
-        buffer, _ = fill(script, [make_env("Count-v0")], 20, num_steps)
-        counts, n = list(stored(buffer, 20_000).values()), min(num_steps, 20)
-        chi_squared = ((np.array(counts) - 20_000 / n) ** 2 / (20_000 / n)).sum()
-        assert len(counts) == n and chi_squared < 44  # 99.9% of them for n = 20
-
-
-def test_truncated_is_not_terminated(script):
-    """A limit of 2 steps: the last observation of each episode is the 2 that was seen, not the 0 after the reset."""
-    buffer, log = fill(script, [make_env("Count-v0", 2)], 100, 7)
-    assert set(stored(buffer)) == set(transitions(0, 2, 7, terminates=False))
-    assert log == ([3.0] * 3, [2] * 3)
-
-
-def test_termination_at_the_time_limit_is_termination(script):
-    buffer, _ = fill(script, [make_env("Count-v0", 3)], 100, 6)
-    assert set(stored(buffer)) == set(transitions(0, 3, 6))
+@pytest.mark.parametrize("max_ep_len, num_steps", [*((None, n) for n in (1, 7, 20, 21, 33)), (2, 7), (3, 6)])
+def test_the_last_transitions_are_drawn_equally_often(script, max_ep_len, num_steps):
+    """Of 20 places; empty ones are never drawn, and no transition leads from an episode's end into the next one. Count terminates
+    after 3 steps, at a limit of 3 too; one of 2 truncates, and the last observation is the 2 that was seen."""
+    buffer, log = fill(script, [make_env("Count-v0", max_ep_len)], 20, num_steps)
+    counts, n, length = stored(buffer, 20_000), min(num_steps, 20), max_ep_len or 3
+    assert set(counts) == set(transitions(0, length, num_steps, terminates=length == 3)[-20:])
+    assert ((np.array([*counts.values()]) - 20_000 / n) ** 2 / (20_000 / n)).sum() < 44  # 99.9% of chi squared for n = 20
+    assert log == ([sum(range(length + 1))] * (num_steps // length), [length] * (num_steps // length))
 
 
 def test_environments_out_of_phase(script):
@@ -422,7 +368,7 @@ def test_buffer_holds_the_action_within_minus_one_and_one(script, start_steps):
     assert act == pytest.approx(expected[np.argsort(expected[:, 0])], abs=1e-6)
 
 
-@deterministic_policies
+@pytest.mark.parametrize("script", [ddpg, td3])
 def test_noise_of_behaviour_is_in_half_widths(script):
     act = acting(script, act_noise=0.1).act(np.zeros((20_000, 1)))
     assert act.shape == (20_000, 2) and act.dtype == np.float32
@@ -529,7 +475,7 @@ def test_as_many_updates_as_steps(script, tmp_path, monkeypatch, update_every, n
     assert all(updates[end] == end - last for last, end in zip(ends[:-1], ends[1:], strict=True))
 
 
-def test_test_episodes_are_deterministic_and_counted_right(script):
+def test_test_episodes_are_deterministic_counted_right_and_shared_by_the_ranks(script, monkeypatch):
     class Policy:
         def act(self, obs, deterministic=False):
             assert deterministic and obs.shape == (1, 1)
@@ -538,15 +484,10 @@ def test_test_episodes_are_deterministic_and_counted_right(script):
     assert script.test(Policy(), make_env("Count-v0"), 2) == ([6.0, 6.0], [3, 3])
     assert script.test(Policy(), make_env("Count-v0", 2), 1) == ([3.0], [2])
     assert script.test(Policy(), make_env("Count-v0"), 0) == ([], [])
-
-
-def test_ranks_share_the_test_episodes(script, monkeypatch):
-    ac, shares = SimpleNamespace(act=lambda obs, deterministic: np.zeros((1, 2), np.float32)), []
     monkeypatch.setattr(mpi, "size", lambda: 2)
-    for rank in range(2):
+    for rank, share in enumerate([2, 1]):
         monkeypatch.setattr(mpi, "rank", lambda rank=rank: rank)
-        shares.append(len(script.test(ac, make_env("Count-v0"), 3)[0]))
-    assert shares == [2, 1]
+        assert len(script.test(Policy(), make_env("Count-v0"), 3)[0]) == share
 
 
 def test_test_episodes_leave_the_training_alone(script, tmp_path):
@@ -582,7 +523,6 @@ INVERTED_PENDULUM |= dict(activation="tanh", q_lr=3e-3)
 @pytest.mark.parametrize(
     "script, env_id, goal, changes",
     [*((script, "Pendulum-v1", -350, PENDULUM) for script in OFF_POLICY), (td3, "InvertedPendulum-v4", 30, INVERTED_PENDULUM)],
-    ids=["ddpg", "td3", "sac", "td3-terminating"],
 )
 def test_learns(script, tmp_path, env_id, goal, changes):
     """A random policy gets -1200 on Pendulum and 6 on InvertedPendulum, where every step pays 1 until it falls."""

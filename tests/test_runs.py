@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import pathlib
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -18,13 +18,14 @@ import ddpg
 import ppo
 import trpo
 from utils import logger, mpi
-from utils.args import Range, RunArgs
+from utils.args import Range, RunArgs, cli
 from utils.check import check
 from utils.logger import set_up
 from utils.process import RunError
-from utils.run_dir import RunDir, provenance
+from utils.run_dir import provenance
 
-ONLY_OFF_POLICY = pytest.mark.parametrize("script", OFF_POLICY, ids=lambda script: script.__name__)
+ONLY_OFF_POLICY = pytest.mark.parametrize("script", OFF_POLICY)
+
 
 @pytest.mark.parametrize(
     "script, env_id, steps, goal, changes",
@@ -33,7 +34,6 @@ ONLY_OFF_POLICY = pytest.mark.parametrize("script", OFF_POLICY, ids=lambda scrip
         (ppo, "InvertedPendulum-v4", 60_000, 900, {}),
         (trpo, "CartPole-v1", 30_000, 400, dict(algo="npg")),
     ],
-    ids=["vpg", "trpo", "ppo", "ppo-continuous", "trpo-npg"],
 )
 def test_learns(script, tmp_path, env_id, steps, goal, changes):
     """The files' defaults, with fewer steps. A random policy gets 20 on CartPole and 6 on InvertedPendulum."""
@@ -114,11 +114,13 @@ def test_nan_stops_the_run_and_keeps_the_model(script, tmp_path, env_id, quantit
     assert len(rows(tmp_path / "x/x_s0")) == 1
 
 
+@ALL
 def test_nan_loss_stops_the_run(script, tmp_path):
-    args = small(script, tmp_path, env_id="Count-v0", exp_name="x", total_steps=2000, vf_lr=1e38)
-    with pytest.raises(RunError, match=r"is (nan|inf|-inf) at step 200\b"):
-        script.train(args)
-    assert not (tmp_path / "x/x_s0/model.pt").exists()
+    on_policy = script in ON_POLICY
+    changes = dict(env_id="Count-v0", total_steps=2000, vf_lr=1e38) if on_policy else dict(q_lr=1e38, num_test_episodes=0)
+    with pytest.raises(RunError, match=r"is (nan|inf|-inf) at step 200\b" if on_policy else r"action is not finite at step 100\b"):
+        script.train(small(script, tmp_path, **changes))
+    assert not list(tmp_path.glob("**/model.pt"))
 
 
 @ALL
@@ -126,25 +128,6 @@ def test_nan_at_reset_is_caught_before_it_reaches_a_network(script, tmp_path, mo
     monkeypatch.setattr(Count, "reset", lambda self, **options: (np.array([np.nan]), {}))
     with pytest.raises(RunError, match="observation is not finite at step 0"):
         script.train(small(script, tmp_path, env_id="Count-v0"))
-
-
-def test_model_that_cannot_be_written_leaves_the_last_one(script, tmp_path, monkeypatch):
-    args = small(script, tmp_path, total_steps=600, save_freq=1)
-    save, calls = torch.save, []
-
-    def full_disk(state, file):
-        calls.append(file)
-        if len(calls) == 2:  # after one model
-            file.write(b"half")
-            raise RuntimeError("unexpected pos 64 vs 0")
-        save(state, file)
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(RunError, match="cannot write .*model.pt"):
-        script.train(args)
-    path = run_dir(tmp_path)
-    assert {p.name for p in path.iterdir()} == {"checkpoint", "config.json", "model.pt", "progress.txt", f"{script.__name__}.py"}
-    assert torch.load(path / "model.pt", weights_only=True)["obs_stats.count"] == 200
 
 
 @ALL
@@ -161,14 +144,16 @@ def test_script_and_utils_alone_are_enough(script, tmp_path):
 
 
 @ALL
-def test_help_explains_every_argument(script):
-    done = run(sys.executable, ROOT / f"{script.__name__}.py", "--help")
-    names = [field.name for field in dataclasses.fields(script.Args)]
-    places = {name: done.stdout.index(f"│ --{name.replace('_', '-')}") for name in names}
-    common = RunArgs.__dataclass_fields__
-    assert done.stdout.count("(default:") == len(names)
+def test_help_explains_every_argument(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        cli(script.Args, ["--help"])
+    names, common = [field.name for field in dataclasses.fields(script.Args)], RunArgs.__dataclass_fields__
+    text = capsys.readouterr().out
+    places = {name: re.search(rf"^\W*--{name.replace('_', '-')}\b", text, re.M).start() for name in names}
+    assert text.count("(default:") == len(names)
     assert max(places[name] for name in names if name not in common) < min(places[name] for name in common)
-    assert all(line in done.stdout for line in script.__doc__.splitlines() if " = " in line)
+    assert all(line in text for line in script.__doc__.splitlines() if " = " in line)
 
 
 BAD_ON_POLICY = [
@@ -259,20 +244,6 @@ def test_check_of_a_copy_with_discrete_actions_and_fewer_arguments():
         check(Fewer(beta=1.5))
 
 
-def test_observations_may_be_lists(tmp_path):
-    def reset(self, **options):
-        obs, info = Count.reset(self, **options)
-        return obs.tolist(), info
-
-    def step(self, action):
-        obs, *rest = Count.step(self, action)
-        return obs.tolist(), *rest
-
-    register("Lists-v0", reset=reset, step=step)
-    for script in (ON_POLICY[0], OFF_POLICY[0]):
-        script.train(small(script, tmp_path, env_id="Lists-v0"))
-
-
 @ALL
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_actions_belong_to_the_space(script, dtype):
@@ -292,21 +263,6 @@ def test_off_policy_refuses_actions_without_usable_bounds(script, high, tmp_path
         script.train(small(script, tmp_path, env_id="Count-v0"))
 
 
-@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs /dev/full")
-def test_disk_that_is_full_when_a_row_is_written(script, tmp_path, monkeypatch):
-    write_row = RunDir.write_row
-
-    def on_a_full_disk(run, row):
-        if row["Epoch"] == 1:
-            (run.path / "progress.txt").unlink()
-            (run.path / "progress.txt").symlink_to("/dev/full")
-        write_row(run, row)
-
-    monkeypatch.setattr(RunDir, "write_row", on_a_full_disk)
-    with pytest.raises(RunError, match="cannot write .*progress.txt: No space left"):
-        script.train(small(script, tmp_path))
-
-
 def test_data_dir_that_is_a_file(script, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RunError, match="--data-dir"):
@@ -314,13 +270,12 @@ def test_data_dir_that_is_a_file(script, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_ppo_normalises_observations_inside_the_model(tmp_path):
-    ac = ppo.train(small(ppo, tmp_path, env_id="Hopper-v4"))
-    raw = ppo.train(small(ppo, tmp_path, env_id="Hopper-v4", norm_obs=False))
-    obs = np.full((1, 11), 3.0)
-    assert torch.allclose(raw.normalise(obs), torch.full((1, 11), 3.0))
-    expected = (3.0 - ac.obs_stats.mean) / ac.obs_stats.std
-    assert torch.allclose(ac.normalise(obs), expected.clamp(-10, 10))
+@pytest.mark.parametrize("norm_obs, expected", [(True, [1.0, -10.0]), (False, [5.0, -40.0])])
+def test_observations_are_normalised_within_10_if_asked(script, norm_obs, expected):
+    ac = script.ActorCritic(gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2), script.Args(norm_obs=norm_obs))
+    ac.obs_stats.mean.fill_(3)
+    ac.obs_stats.std.fill_(2)
+    assert ac.normalise(np.array([5.0, -40.0])).tolist() == expected
 
 
 def test_wandb_offline(tmp_path):
@@ -338,13 +293,6 @@ def test_wandb_offline(tmp_path):
     assert "secret0" not in done.stdout + done.stderr
 
 
-@ONLY_OFF_POLICY
-def test_off_policy_nan_loss_stops_the_run(script, tmp_path):
-    with pytest.raises(RunError, match=r"action is not finite at step 100\b"):
-        script.train(small(script, tmp_path, q_lr=1e38, num_test_episodes=0))
-    assert not list(tmp_path.glob("**/model.pt"))
-
-
 def test_the_replay_size_that_is_suggested_fits():
     args = ddpg.Args(env_id="Pendulum-v1", replay_size=10**14, total_steps=10**13)
     with pytest.raises(RunError, match="try --replay-size") as error:
@@ -354,11 +302,10 @@ def test_the_replay_size_that_is_suggested_fits():
 
 
 @ONLY_OFF_POLICY
-def test_more_start_steps_than_steps_is_a_warning(script, tmp_path, capsys):
-    script.train(small(script, tmp_path, start_steps=240, total_steps=130))  # two epochs of 120
-    out, err = capsys.readouterr()
-    assert "--start-steps 240: all 240 steps will be random" in err and "240 steps in epochs of 120" in out
-    script.train(small(script, tmp_path, start_steps=200, total_steps=130))
+def test_more_start_steps_than_steps_is_a_warning(script, capsys):
+    check(small(script, "unused", start_steps=240, total_steps=130))  # two epochs of 120
+    assert "--start-steps 240: all 240 steps will be random" in capsys.readouterr().err
+    check(small(script, "unused", start_steps=200, total_steps=130))
     assert "will be random" not in capsys.readouterr().err
 
 
@@ -370,9 +317,8 @@ def test_tiny_numbers_are_flushed():
     assert (torch.tensor([1e-20]) * 1e-20).item() == 0
 
 
-@pytest.mark.parametrize("width", [64, 256])
-def test_products_of_wide_layers_are_as_exact_as_of_narrow_ones(width):
-    set_up(ddpg.Args(hidden_sizes=(width, width)))
+def test_products_of_wide_layers_are_as_exact_as_of_narrow_ones():
+    set_up(ddpg.Args())
     x, w = torch.randn(2, 256, 256)
     for a, b in (x, w), (x.T, w), (x, w.T):
         assert (a @ b - (a.double() @ b.double())).abs().max() < 1e-3  # of bfloat16's 0.1

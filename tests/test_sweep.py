@@ -180,6 +180,8 @@ def test_the_same_run_or_name_twice_is_refused(fake, values):
         ("ppo.py --env-id CartPole-v1 Walker3d-v4", r"--env-id Walker3d-v4: .*Walker2d"),
         ("ppo.py td3.py --env-id CartPole-v1", r"td3.py: --env-id CartPole-v1: .*action space"),
         ("ppo.py --env-id CartPole-v1 --num-envs 8 --mpi 3", r"--num-envs 8: .*ranks, 3; try 6 or 9"),
+        ("sac.py --env-id Pendulum-v1 --num-envs 3 --steps-per-epoch 9 --mpi 2", r"--num-envs 3: .*ranks, 2; try 2 or 4"),
+        ("sac.py --env-id Pendulum-v1 --batch-size 33 --mpi 2", r"--batch-size 33: .*ranks, 2; try 32 or 34"),
         ("ppo.py --env-id CartPole-v1 --exp-name a/b", r"--exp-name 'a/b'"),
         ("nowhere.py", r"nowhere.py: no such script"),
         ("ppo.py --resume x", r"--resume: is given twice, or is no argument that a sweep can vary"),
@@ -333,13 +335,17 @@ def test_skip_done_takes_no_run_of_other_code(fake, capfd):
 
 
 def test_skip_done_resumes_from_a_checkpoint(fake):
+    """And what the earlier attempt printed is not this one's."""
     run_dir = sweep("fake.py", dict(gamma=[0]))[0].run_dir
     (run_dir / "checkpoint").mkdir()
     (again,) = plan(*parse("fake.py --gamma 0 --skip-done".split()))
     assert again.resumes is None  # nothing in there yet
     (run_dir / "checkpoint" / "1_rank0.ckpt").touch()
-    (again,) = plan(*parse("fake.py --gamma 0 --skip-done".split()))
+    (fake / "exit3").touch()
+    (again,) = sweep("fake.py", dict(gamma=[0]), skip_done=True)
     assert again.command[-4:] == [sys.executable, "fake.py", "--resume", str(run_dir)] and again.fraction_before == 0.5
+    assert again.run_dir == run_dir and again.error() == "no output (exit status 3)"
+    assert "ValueError: gamma is 0" in again.log.read_text()
 
 
 def test_a_run_whose_last_save_failed_is_not_done(fake):
@@ -354,16 +360,6 @@ def test_a_run_whose_last_save_failed_is_not_done(fake):
     os.utime(run_dir / "model.pt")
     (again,) = plan(Args(("fake.py",), skip_done=True), {})
     assert again.run_dir == run_dir and again.returncode == 0
-
-
-def test_what_an_earlier_attempt_printed_is_not_this_one_s(fake):
-    run_dir = sweep("fake.py", dict(gamma=[0]))[0].run_dir
-    (run_dir / "checkpoint").mkdir()
-    (run_dir / "checkpoint" / "1_rank0.ckpt").touch()
-    (fake / "exit3").touch()
-    (again,) = sweep("fake.py", dict(gamma=[0]), skip_done=True)
-    assert again.run_dir == run_dir and again.error() == "no output (exit status 3)"
-    assert "ValueError: gamma is 0" in again.log.read_text()
 
 
 def test_two_sweeps_of_one_name_at_once(fake):
