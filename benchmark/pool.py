@@ -113,7 +113,7 @@ def read_rows(path):
 
 
 def steps_done(rows):
-    return int(rows[-1]["TotalEnvInteracts"]) if rows else 0
+    return int(float(rows[-1]["TotalEnvInteracts"])) if rows else 0
 
 
 def summary(runs, workers):

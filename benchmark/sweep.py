@@ -37,8 +37,6 @@ from utils.evaluate import ROOT, import_script
 from utils.process import RunError, available_cores, say
 from utils.run_dir import read_config, same_code
 
-MAY_DIFFER = ("exp_name", "data_dir", "resume", "torch_threads")  # between two attempts at the same run
-
 
 @dataclass
 class Args:
@@ -166,27 +164,27 @@ def plan(args, grid):
 def use_earlier_attempts(run, script, launcher, ranks):
     """Mark the run as finished if one with the same arguments and code is, or let it resume the one that got furthest."""
     wanted = json.loads(json.dumps(asdict(run.args))) | {"script": Path(script).name, "ranks": ranks}
-    wanted = {name: value for name, value in wanted.items() if name not in MAY_DIFFER}
-    steps, outdated = {}, None
+    for name in ("exp_name", "data_dir", "resume", "torch_threads"):  # which may differ between two attempts at the same run
+        del wanted[name]
+    steps = {}
     for path in sorted(run.parent.glob(f"{run}*/config.json")):
         with contextlib.suppress(RunError):  # not of a run
             if wanted.items() <= read_config(path.parent).items():
                 if same_code(path.parent, script):
                     steps[path.parent] = steps_done(read_rows(path.parent / "progress.txt"))
                 else:
-                    outdated = path.parent
+                    run.outdated = path.parent
     resumable = [path for path in steps if any((path / "checkpoint").glob("*.ckpt"))]
     # a run that was killed after its last row and before its last save has a checkpoint to go on with
     finished = [path for path in steps if steps[path] >= run.args.total_steps and (path not in resumable or is_saved(path))]
-    run.outdated = outdated
     if finished:
         run.run_dir, run.returncode = max(finished, key=steps.get), 0
     elif resumable:
         run.resumes = max(resumable, key=steps.get)
         run.fraction_before = steps[run.resumes] / run.args.total_steps
         run.command = [*launcher, "--resume", str(run.resumes)]
-    elif outdated:
-        say(f"{outdated}: was made by other code than {script} has now; {run} starts anew", sys.stderr)
+    elif run.outdated:
+        say(f"{run.outdated}: was made by other code than {script} has now; {run} starts anew", sys.stderr)
 
 
 def is_saved(run_dir):

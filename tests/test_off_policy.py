@@ -506,10 +506,13 @@ def test_test_episodes_leave_the_training_alone(script, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*(ac.parameters() for ac in networks), strict=True))
 
 
-def test_rows_before_the_first_update_are_blank(script, tmp_path):
+def test_rows_before_the_first_update_are_blank(script, tmp_path, monkeypatch):
+    init = script.ReplayBuffer.__init__  # a copied script may count steps in NumPy's integers
+    monkeypatch.setattr(script.ReplayBuffer, "__init__", lambda self, *x: init(self, *x) or setattr(self, "steps", np.int64(0)))
     options = dict(total_steps=200, steps_per_epoch=100, update_after=150)
     script.train(small(script, tmp_path, exp_name="x", **options))
     first, second = rows(tmp_path / "x/x_s0")
+    assert [first["TotalEnvInteracts"], second["TotalEnvInteracts"]] == ["100", "200"]
     columns = [name for name in first if name.startswith("Loss") or "Vals" in name]
     assert {"LossPi", "LossQ"} < set(columns) and {first[name] for name in columns} == {""}
     assert all(math.isfinite(float(second[name])) for name in columns)

@@ -24,7 +24,7 @@ class Range(NamedTuple):
 
 
 class Total(NamedTuple):
-    """That a number is a total, which is split evenly over the `parts`: "ranks" or "num_envs"."""
+    """That a number is a total, which is split evenly over the `parts`: "ranks" or "environments"."""
 
     parts: str
     or_one_each: bool = False  # a smaller number than there are parts stands for one each
@@ -41,7 +41,7 @@ _INT = PrimitiveConstructorSpec(1, "INT", _whole, lambda x: isinstance(x, int), 
 AtLeast0 = Annotated[int, _INT, Range(lambda x: x >= 0, "at least 0")]
 AtLeast1 = Annotated[int, _INT, Range(lambda x: x >= 1, "at least 1")]
 TotalOfRanks = Annotated[AtLeast1, Total("ranks")]
-TotalOfEnvs = Annotated[AtLeast1, Total("num_envs")]
+TotalOfEnvs = Annotated[AtLeast1, Total("environments")]
 EnvsOfRanks = Annotated[AtLeast1, Total("ranks", or_one_each=True)]
 NonNegative = Annotated[float, Range(lambda x: 0 <= x < math.inf, "at least 0 and finite")]
 Positive = Annotated[float, Range(lambda x: 0 < x < math.inf, "above 0 and finite")]

@@ -15,9 +15,6 @@ from utils import mpi
 from utils.args import Range, Total
 from utils.process import RunError, one_line, say
 
-CAN = {gym.spaces.Discrete: "vpg.py, trpo.py and ppo.py can", gym.spaces.Box: "all scripts can"}
-CAN[None] = "no script here can; wrap it to Discrete or to a float Box of shape (n,)"
-
 
 def check_ranges(args, **parts):
     """Refuse numbers outside the ranges that their types declare. `parts`: how many ranks and environments share the totals."""
@@ -29,9 +26,8 @@ def check_ranges(args, **parts):
                 raise RunError(f"{shown}: has to be {rule.text}")
             n = parts[rule.parts] if isinstance(rule, Total) else 1
             if n > 1 and value % n and not (rule.or_one_each and value < n):
-                what = {"ranks": "ranks", "num_envs": "environments"}[rule.parts]
                 nearest = " or ".join(str(k * n) for k in (value // n, value // n + 1) if k)
-                raise RunError(f"{shown}: is not a multiple of the number of {what}, {n}; try {nearest}")
+                raise RunError(f"{shown}: is not a multiple of the number of {rule.parts}, {n}; try {nearest}")
 
 
 def check(args, ranks=None):
@@ -41,7 +37,7 @@ def check(args, ranks=None):
     `args.env_id` by the newest version. Raises RunError with one line that says what to do.
     """
     ranks = ranks or mpi.size()
-    check_ranges(args, ranks=ranks, num_envs=max(getattr(args, "num_envs", 1), ranks))
+    check_ranges(args, ranks=ranks, environments=max(getattr(args, "num_envs", 1), ranks))
     if args.track and importlib.util.find_spec("wandb") is None:
         raise RunError("--track: wandb is not installed; pip install wandb")
     if args.exp_name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+=,-]*", args.exp_name):
@@ -90,7 +86,9 @@ def _check_env(args):
     flat_box = isinstance(act_space, gym.spaces.Box) and len(act_space.shape) == 1 and act_space.dtype.kind == "f"
     kind = gym.spaces.Discrete if isinstance(act_space, gym.spaces.Discrete) else gym.spaces.Box if flat_box else None
     if kind not in args.action_spaces:
-        raise RunError(f"{flag}: this algorithm cannot handle its action space {act_space}; {CAN[kind]}")
+        can = {gym.spaces.Discrete: "vpg.py, trpo.py and ppo.py can", gym.spaces.Box: "all scripts can"}
+        who = can.get(kind, "no script here can; wrap it to Discrete or to a float Box of shape (n,)")
+        raise RunError(f"{flag}: this algorithm cannot handle its action space {act_space}; {who}")
     if not hasattr(args, "replay_size"):
         return
     with np.errstate(over="ignore"):

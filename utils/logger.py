@@ -91,8 +91,8 @@ class Logger:
         for name, value in metrics.items():
             if isinstance(value, list):
                 self.stored.setdefault(name, []).extend(value)
-            elif type(value) is int:
-                self.stored[name] = value
+            elif type(value) is int or isinstance(value, np.integer):
+                self.stored[name] = int(value)
             else:
                 self.stored.setdefault(name, dict(mean=[]))["mean"].append(float(value))
         if self.display and "TotalEnvInteracts" in metrics:

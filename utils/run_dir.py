@@ -23,7 +23,7 @@ import torch
 from utils import mpi
 from utils.display import Tracker
 from utils.process import RunError, one_line, say
-from utils.state import random_states, set_random_states
+from utils.state import GENERATORS
 
 
 @contextlib.contextmanager
@@ -180,7 +180,7 @@ class RunDir:
         if mpi.rank() == 0:
             with writing(self.path / "model.pt") as file:
                 torch.save({name: tensor.cpu() for name, tensor in module.state_dict().items()}, file)
-        info = info | dict(rows=(self.columns, self.rows), random=random_states())
+        info = info | dict(rows=(self.columns, self.rows), random=[get() for get, _ in GENERATORS])
         with writing(self.path / f"checkpoint/{self.saves + 1}_rank{mpi.rank()}.ckpt") as file:
             state.write(file, info)
         mpi.average(0.0)  # waits for all ranks
@@ -212,7 +212,8 @@ class RunDir:
             raise RunError(f"--resume {self.path}: cannot use {path}: {one_line(error)}; start a new run") from error
         mpi.average(0.0)  # not before all checkpoints are found good
         self._delete_other_checkpoints()  # a half one, of which this run would come to write the other half
-        set_random_states(info["random"])
+        for (_, put), states in zip(GENERATORS, info["random"], strict=True):
+            put(states)
         return info
 
     def close(self, failed):

@@ -19,6 +19,12 @@ CONTAINERS = (list, tuple, dict, set, frozenset, bytearray, complex, int, float,
 CONTAINERS += (collections.deque, collections.OrderedDict, collections.defaultdict, collections.Counter)
 CODE = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)  # what objects hold of it is left as it is
 CONSTANT = (torch.device, torch.dtype, np.dtype, pathlib.PurePath, gym.Space)
+GENERATORS = (  # of random numbers, which all share: what gives their state, and what takes it
+    (random.getstate, random.setstate),
+    (np.random.get_state, np.random.set_state),
+    (torch.get_rng_state, torch.set_rng_state),
+    (torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all),  # of no device where there is none
+)
 
 
 def state_functions(x):
@@ -30,21 +36,6 @@ def state_functions(x):
     if isinstance(x, random.Random):
         return x.getstate, x.setstate
     return (x.get_state, x.set_state) if isinstance(x, torch.Generator | np.random.RandomState) else None
-
-
-def random_states():
-    """The states of all generators of random numbers that Python, NumPy and torch share."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def set_random_states(states):
-    python, numpy, cpu, cuda = states
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(cuda)
 
 
 class State:
@@ -90,11 +81,9 @@ class State:
         if plan != self.plan:
             raise ValueError("the script keeps other things in its state now")
         for thing, saved in zip(self.things.values(), Reader(file, self, longer).load(), strict=True):
-            if isinstance(thing, list | bytearray):
-                thing[:] = saved
-            elif isinstance(thing, dict | set | collections.deque):
+            if isinstance(thing, list | bytearray | dict | set | collections.deque):
                 thing.clear()
-                (thing.extend if isinstance(thing, collections.deque) else thing.update)(saved)
+                (thing.update if isinstance(thing, dict | set) else thing.extend)(saved)
         return info
 
 
