@@ -261,12 +261,12 @@ Learned with `--autotune`, which starts it at 0.2 and holds the entropy at minus
 the default: the benchmark's runs, cut to the study's steps. On HalfCheetah that of `--autotune` was made by `sac.py` itself, with
 `--total-steps 200000`.""",
     ),
-    "late-updates": (
+    "early-updates": (
         "update_after",
-        {1_000: "TD3", 10_000: "TD3, --update-after 10000"}.get,
+        {1_000: "TD3, --update-after 1000", 10_000: "TD3"}.get,
         """## When TD3 begins to learn
 
-After 1,000 steps, the default: the benchmark's runs, or after 10,000, when it no longer acts at random.""",
+After 10,000 steps, when it no longer acts at random: the default and the benchmark's runs; or after 1,000, as DDPG and SAC do.""",
     ),
 }
 

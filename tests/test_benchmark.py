@@ -165,8 +165,8 @@ def test_the_suites_are_planned(tmp_path, restored_ddpg):
     assert [str(run) for run in bugs] == [f"{name}_s{seed}" for name in names for seed in (0, 10, 20)]
     alphas = planned(BenchmarkArgs(suite="autotune", seeds=(0,), data_dir=str(tmp_path)))
     assert [(run.args.env_id, run.args.autotune) for run in alphas] == [("HalfCheetah-v4", True), ("Hopper-v4", True)]
-    late = planned(BenchmarkArgs(suite="late-updates", seeds=(0,), data_dir=str(tmp_path)))
-    assert {run.args.env_id for run in late} == set(ENV_IDS) and {run.args.update_after for run in late} == {10_000}
+    early = planned(BenchmarkArgs(suite="early-updates", seeds=(0,), data_dir=str(tmp_path)))
+    assert {run.args.env_id for run in early} == set(ENV_IDS) and {run.args.update_after for run in early} == {1_000}
     with pytest.raises(RunError, match="--suite broadcast"):
         planned(BenchmarkArgs(suite="broadcast", total_steps=5, data_dir=str(tmp_path)))
     with pytest.raises(RunError, match="--workers 0"):

@@ -518,7 +518,7 @@ def test_rows_before_the_first_update_are_blank(script, tmp_path, monkeypatch):
     assert all(math.isfinite(float(second[name])) for name in columns)
 
 
-PENDULUM = dict(total_steps=5000, steps_per_epoch=5000, start_steps=1000, gamma=0.95)
+PENDULUM = dict(total_steps=5000, steps_per_epoch=5000, start_steps=1000, update_after=1000, gamma=0.95)
 INVERTED_PENDULUM = dict(total_steps=3000, steps_per_epoch=3000, start_steps=500, update_after=200, update_every=10, gamma=0.98)
 INVERTED_PENDULUM |= dict(activation="tanh", q_lr=3e-3)
 

@@ -61,6 +61,7 @@ def train(options):
         steps_per_epoch=min(4000, options.total_steps or 4000),
         max_ep_len=150,
         hidden_sizes=(128, 128),
+        update_after=1000,
         exp_name=f"exercise_td3_update_{options.train}",
     )
     with patch.object(td3, "update", td3.update if options.use_soln else update):
