@@ -48,7 +48,7 @@ class Args(RunArgs):
     batch_size: TotalOfRanks = 128  # transitions in a gradient step
     replay_size: TotalOfRanks = 1_000_000  # transitions that the replay buffer holds
     start_steps: AtLeast0 = 10_000  # steps of uniformly random actions at the start
-    update_after: AtLeast0 = 10_000  # steps before the first update; early ones, on random actions alone, may saturate the tanh
+    update_after: AtLeast0 = 10_000  # steps before the first update; early ones, on random actions alone, may kill the policy
     update_every: AtLeast1 = 50  # steps between two blocks of updates; a block has as many updates as there were steps
     act_noise: NonNegative = 0.1  # standard deviation of the acting policy's noise, in half-widths of the action's bounds
     target_noise: NonNegative = 0.2  # standard deviation of the noise that smooths the target policy, in the same unit
