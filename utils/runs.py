@@ -72,7 +72,8 @@ def load_runs(paths, select=(), exclude=(), legend=()):
     """Read all runs, and curves kept by benchmark.score, below `paths`: a list of Run.
 
     A path that does not exist stands for all that begin with it. `select` and `exclude` are substrings of which a run's path
-    has to contain all, or none. `legend` names the curves: one name for each directory, after the completion, that holds runs.
+    has to contain all, or none. `legend` names the curves: one name for each directory, after the completion, that holds runs,
+    or for the kept curves that differ in their seed.
     Runs that cannot be read are left out, with a line on stderr. Raises RunError if there are none.
     """
     logdirs, seen = {}, set()

@@ -19,7 +19,7 @@ CONTAINERS = (list, tuple, dict, set, frozenset, bytearray, complex, int, float,
 CONTAINERS += (collections.deque, collections.OrderedDict, collections.defaultdict, collections.Counter)
 CODE = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)  # what objects hold of it is left as it is
 CONSTANT = (torch.device, torch.dtype, np.dtype, pathlib.PurePath, gym.Space)
-GENERATORS = (  # of random numbers, which all share: what gives their state, and what takes it
+GENERATORS = (  # the shared ones of random numbers: what gives the state, and what takes it
     (random.getstate, random.setstate),
     (np.random.get_state, np.random.set_state),
     (torch.get_rng_state, torch.set_rng_state),
