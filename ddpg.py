@@ -232,7 +232,8 @@ def test(ac, env, num_episodes):
 
 
 def train(args):
-    """Train as `args` (an Args) says and return the ActorCritic. Raises RunError for what cannot work."""
+    """Train as `args` (an Args) says and return the targets' ActorCritic. It is what is tested and saved: its policy averages the
+    latest ones and mostly scores higher. Raises RunError for what cannot work."""
     seeds = set_up(args)
     ranks = mpi.size()
     num_envs = max(args.num_envs, ranks)  # one for each rank at least
@@ -247,7 +248,7 @@ def train(args):
     test_env = make_env(args.env_id, args.max_ep_len)
     test_env.reset(seed=int(seeds.integers(2**31)))
 
-    state = dict(ac=ac, ac_targ=ac_targ, pi_optimizer=pi_optimizer, q_optimizer=q_optimizer)
+    state = dict(ac=ac_targ, online=ac, pi_optimizer=pi_optimizer, q_optimizer=q_optimizer)
     with Logger(args, __file__) as logger:
         for epoch in logger.epochs(epochs, **state, buffer=buffer, test_env=test_env):  # all that --resume restores
             epoch_end = (epoch + 1) * args.steps_per_epoch
@@ -260,9 +261,9 @@ def train(args):
                         metrics |= update(ac, ac_targ, pi_optimizer, q_optimizer, batch, args)
                 # metrics of the last update
                 logger.store(EpRet=ep_rets, EpLen=ep_lens, TotalEnvInteracts=buffer.steps, **metrics)
-            test_rets, test_lens = test(ac, test_env, args.num_test_episodes)
+            test_rets, test_lens = test(ac_targ, test_env, args.num_test_episodes)
             logger.log(Epoch=epoch, TestEpRet=test_rets, TestEpLen=test_lens)
-    return ac
+    return ac_targ
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
               next_act ~ pi(.|next_obs)
     L_q     = sum_i mean (q_i(obs, act) - target)^2
     L_pi    = mean (alpha log pi(a|obs) - min_i q_i(obs, a)),   a = tanh(mu(obs) + std(obs) noise),   noise ~ N(0, 1),
-              after which the target critics q_i_targ follow by Polyak averaging
+              after which the targets follow by Polyak averaging; the target policy only acts in tests
     L_alpha = -mean log(alpha) (log pi(a|obs) - act_dim),   with --autotune: entropy is held at -act_dim
 
 Actions are scaled so that each dimension's bounds are -1 and 1: policy, critics and entropy are in these units.
@@ -227,13 +227,13 @@ def gradient_step(optimizer, loss):
     optimizer.step()
 
 
-def update(ac, q_targ, pi_optimizer, q_optimizer, batch, args):
+def update(ac, ac_targ, pi_optimizer, q_optimizer, batch, args):
     """One step of the critics, the actor, alpha and the targets. Returns what to log."""
     alpha = ac.log_alpha.exp().detach()
     with torch.no_grad():
         mu, log_std = ac.pi(batch.next_obs)
         next_act, next_logp = squashed_gaussian(mu, log_std, torch.randn_like(mu))
-        next_q1, next_q2 = (q(batch.next_obs, next_act) for q in q_targ)
+        next_q1, next_q2 = (q(batch.next_obs, next_act) for q in ac_targ.q)
         target = q_target(batch.rew, batch.terminated, next_q1, next_q2, next_logp, args.gamma, alpha)
     q1, q2 = (q(batch.obs, batch.act) for q in ac.q)
     loss_q = q_loss(q1, q2, target)
@@ -245,7 +245,7 @@ def update(ac, q_targ, pi_optimizer, q_optimizer, batch, args):
     loss_pi = policy_loss(*(q(batch.obs, act) for q in ac.q), logp, alpha)
     loss_alpha = alpha_loss(ac.log_alpha, logp.detach(), act.shape[-1]) if args.autotune else 0
     gradient_step(pi_optimizer, loss_pi + loss_alpha)  # they share no parameters: each gets its own loss's gradient
-    polyak_average(ac.q, q_targ, args.polyak)
+    polyak_average(ac, ac_targ, args.polyak)
     return metrics | dict(LossPi=loss_pi.item(), LogPi=logp.mean().item(), Alpha=alpha.item())
 
 
@@ -263,14 +263,15 @@ def test(ac, env, num_episodes):
 
 
 def train(args):
-    """Train as `args` (an Args) says and return the ActorCritic. Raises RunError for what cannot work."""
+    """Train as `args` (an Args) says and return the targets' ActorCritic. It is what is tested and saved: its policy averages the
+    latest ones and mostly scores higher. Raises RunError for what cannot work."""
     seeds = set_up(args)
     ranks = mpi.size()
     num_envs = max(args.num_envs, ranks)  # one for each rank at least
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(num_envs // ranks)]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
-    q_targ = copy.deepcopy(ac.q).requires_grad_(False)
+    ac_targ = copy.deepcopy(ac).requires_grad_(False)
     pi_optimizer = Adam([p for p in (*ac.pi.parameters(), ac.log_alpha) if p.requires_grad], lr=args.pi_lr)
     q_optimizer = Adam(ac.q.parameters(), lr=args.q_lr)
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
@@ -278,7 +279,7 @@ def train(args):
     test_env = make_env(args.env_id, args.max_ep_len)
     test_env.reset(seed=int(seeds.integers(2**31)))
 
-    state = dict(ac=ac, q_targ=q_targ, pi_optimizer=pi_optimizer, q_optimizer=q_optimizer)
+    state = dict(ac=ac_targ, online=ac, pi_optimizer=pi_optimizer, q_optimizer=q_optimizer)
     with Logger(args, __file__) as logger:
         for epoch in logger.epochs(epochs, **state, buffer=buffer, test_env=test_env):  # all that --resume restores
             epoch_end = (epoch + 1) * args.steps_per_epoch
@@ -288,12 +289,12 @@ def train(args):
                 if buffer.steps >= args.update_after:
                     for _ in range(start, buffer.steps):  # as many updates as steps
                         batch = buffer.sample(args.batch_size // ranks, ac.device)
-                        metrics |= update(ac, q_targ, pi_optimizer, q_optimizer, batch, args)
+                        metrics |= update(ac, ac_targ, pi_optimizer, q_optimizer, batch, args)
                 # metrics of the last update
                 logger.store(EpRet=ep_rets, EpLen=ep_lens, TotalEnvInteracts=buffer.steps, **metrics)
-            test_rets, test_lens = test(ac, test_env, args.num_test_episodes)
+            test_rets, test_lens = test(ac_targ, test_env, args.num_test_episodes)
             logger.log(Epoch=epoch, TestEpRet=test_rets, TestEpLen=test_lens)
-    return ac
+    return ac_targ
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class Learner:
         options = dict(hidden_sizes=(5,), activation="tanh", gamma=0.9, polyak=0.75) | changes
         self.script, self.args = script, small(script, "unused", **options)
         self.ac = script.ActorCritic(Box(-np.inf, np.inf, (3,)), Box(LOW, HIGH), self.args).double()
-        self.targ = copy.deepcopy(self.ac.q if script is sac else self.ac).requires_grad_(False)
+        self.targ = copy.deepcopy(self.ac).requires_grad_(False)
         for p in self.targ.parameters():
             p.add_(0.3 * torch.randn_like(p))
         groups = [{"params": self.ac.pi.parameters(), "lr": pi_lr}]
@@ -114,7 +114,7 @@ class Learner:
         if self.script is sac:
             mu, log_std = np.split(forward(self.ac.pi.net, batch.next_obs), 2, -1)
             next_act, logp = squash(mu, log_std, noise)
-            val = values(self.targ, batch.next_obs, next_act).min(0) - self.ac.log_alpha.exp().item() * logp
+            val = values(self.targ.q, batch.next_obs, next_act).min(0) - self.ac.log_alpha.exp().item() * logp
         else:
             next_act = np.tanh(forward(self.targ.pi.net, batch.next_obs))
             if self.script is td3:
@@ -416,7 +416,7 @@ def test_targets_move_towards_the_updated_networks(script):
     learner = Learner(script, pi_lr=0.1, q_lr=0.1)
     before = weights(learner.targ)
     learner.update()
-    online = weights(learner.ac.q if script is sac else learner.ac)
+    online = weights(learner.ac)
     for name, p in learner.targ.named_parameters():
         assert torch.allclose(p, 0.75 * before[name] + 0.25 * online[name])
 
@@ -441,13 +441,27 @@ def test_targets_start_equal_and_follow_in_a_run(script, tmp_path, monkeypatch):
     script.train(small(script, tmp_path, total_steps=200, **(dict(policy_delay=3) if script is td3 else {})))
     ac, targ, _, _ = calls[0]
     assert len(calls) > 90 and len(targ) > 0
-    assert all(torch.equal(p, ac["q." + name if script is sac else name]) for name, p in targ.items())
+    assert all(torch.equal(p, ac[name]) for name, p in targ.items())
     first = next(k for k, call in enumerate(calls) if call[3])  # which update it is does not matter
     assert first < (3 if script is td3 else 1)
     for k, (ac, targ, changes, targ_changes) in enumerate(calls):
         turn = script is not td3 or k % 3 == first
         assert changes == {name for name in ac if name.startswith("q.") or turn and name.startswith("pi.")}
-        assert targ_changes == (set(targ) if turn else set())
+        assert targ_changes == (changes if turn else set())
+
+
+def test_the_targets_are_tested_and_saved_and_the_latest_policy_acts(script, tmp_path, monkeypatch):
+    seen = {name: [] for name in ("update", "test", "collect")}
+
+    def spy(owner, name, place):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: seen[name].append(args[place]) or function(*args))
+
+    spy(script, "update", 1), spy(script, "test", 0), spy(script.ReplayBuffer, "collect", 1)
+    ac = script.train(small(script, tmp_path, exp_name="x"))
+    assert all(targ is ac for targ in seen["update"] + seen["test"]) and not any(acting is ac for acting in seen["collect"])
+    saved = torch.load(tmp_path / "x/x_s0/model.pt", weights_only=True)
+    assert all(seen.values()) and all(torch.equal(saved[name], p) for name, p in ac.named_parameters())
 
 
 # Whole runs
