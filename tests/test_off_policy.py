@@ -457,7 +457,8 @@ def test_the_targets_are_tested_and_saved_and_the_latest_policy_acts(script, tmp
         function = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args: seen[name].append(args[place]) or function(*args))
 
-    spy(script, "update", 1), spy(script, "test", 0), spy(script.ReplayBuffer, "collect", 1)
+    for spied in [(script, "update", 1), (script, "test", 0), (script.ReplayBuffer, "collect", 1)]:
+        spy(*spied)
     ac = script.train(small(script, tmp_path, exp_name="x"))
     assert all(targ is ac for targ in seen["update"] + seen["test"]) and not any(acting is ac for acting in seen["collect"])
     saved = torch.load(tmp_path / "x/x_s0/model.pt", weights_only=True)
