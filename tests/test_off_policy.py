@@ -444,7 +444,7 @@ def test_targets_start_equal_and_follow_in_a_run(script, tmp_path, monkeypatch):
     assert all(torch.equal(p, ac[name]) for name, p in targ.items())
     first = next(k for k, call in enumerate(calls) if call[3])  # which update it is does not matter
     assert first < (3 if script is td3 else 1)
-    for k, (ac, targ, changes, targ_changes) in enumerate(calls):
+    for k, (ac, _, changes, targ_changes) in enumerate(calls):
         turn = script is not td3 or k % 3 == first
         assert changes == {name for name in ac if name.startswith("q.") or turn and name.startswith("pi.")}
         assert targ_changes == (changes if turn else set())
