@@ -23,7 +23,8 @@ GENERATORS = (  # the shared ones of random numbers: what gives the state, and w
     (random.getstate, random.setstate),
     (np.random.get_state, np.random.set_state),
     (torch.get_rng_state, torch.set_rng_state),
-    (torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all),  # of no device where there is none
+    # asking starts CUDA on all devices
+    (lambda: torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [], torch.cuda.set_rng_state_all),
 )
 
 
