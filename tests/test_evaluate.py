@@ -18,7 +18,7 @@ from conftest import ALL, OFF_POLICY, ON_POLICY, ROOT, Trap, run, small
 
 from utils import evaluate
 from utils.envs import make_env
-from utils.evaluate import Camera, film, load_policy, play
+from utils.evaluate import film, load_policy, play
 from utils.process import RunError
 
 
@@ -47,7 +47,7 @@ def ppo_run(runs, tmp_path):
 def gl():
     """Skips where MuJoCo cannot draw: asks Gymnasium itself, in processes of their own."""
     draw = "import gymnasium as g; e = g.make('InvertedPendulum-v4', render_mode='rgb_array'); e.reset(); e.render(); e.close()"
-    if not any(run(sys.executable, "-c", draw, MUJOCO_GL=name).returncode == 0 for name in ("egl", "osmesa")):
+    if not any(run(sys.executable, "-c", draw, check=False, MUJOCO_GL=name).returncode == 0 for name in ("egl", "osmesa")):
         pytest.skip("MuJoCo can draw with neither EGL nor OSMesa here: apt install libegl1 libgl1, or libosmesa6")
 
 
@@ -111,7 +111,6 @@ def test_seed_makes_the_episodes(runs):
 def test_command_line(ppo_run, capsys):
     before = digest(ppo_run)
     done = run(sys.executable, "-m", "utils.evaluate", ppo_run, "-n", 3, "--seed", 4, "--json")
-    assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)  # and nothing else
     env, act = load_policy(ppo_run)
     expected = list(play(env, act, episodes=3, seed=4))
@@ -162,15 +161,10 @@ def test_copied_script_under_another_name(tmp_path, monkeypatch):
     home = tmp_path / "home"
     shutil.copytree(ROOT / "utils", home / "utils")
     shutil.copy(ROOT / "ppo.py", home)
-    mine = (
-        (ROOT / "ppo.py")
-        .read_text()
-        .replace("        super().__init__()\n", "        super().__init__()\n        self.mine = nn.Linear(1, 1)\n")
-    )
-    (home / "my_ppo.py").write_text(mine)
+    begin = "        super().__init__()\n"
+    (home / "my_ppo.py").write_text((ROOT / "ppo.py").read_text().replace(begin, f"{begin}        self.mine = nn.Linear(1, 1)\n"))
     options = "--env-id CartPole-v1 --total-steps 200 --steps-per-epoch 200 --num-envs 2 --minibatch-size 50 --exp-name x"
-    done = run(sys.executable, "my_ppo.py", *options.split(), cwd=home)
-    assert done.returncode == 0, done.stderr
+    run(sys.executable, "my_ppo.py", *options.split(), cwd=home)
     refused("my_ppo.py", str(ROOT), run_dir=home / "data/x/x_s0")
     monkeypatch.setattr(evaluate, "ROOT", home)
     for folder in "another", "benchmark/studies":
@@ -243,21 +237,17 @@ def test_nothing_of_the_run_directory_is_executed(ppo_run, monkeypatch):
     [
         (lambda path: shutil.rmtree(path), ["copy", "config.json"]),
         (lambda path: (path / "config.json").write_text('{"script": "ppo.py"'), ["config.json"]),
-        (lambda path: (path / "config.json").write_bytes(b"\xff\xfe\x00"), ["config.json"]),
         (lambda path: (path / "config.json").write_text("[]"), ["config.json"]),
         (lambda path: change_config(path, script=None), ["config.json"]),
         (lambda path: change_config(path, env_id=None), ["on None", "cannot be loaded"]),
         (lambda path: change_config(path, script="gone.py"), ["gone.py", str(ROOT)]),
-        (lambda path: change_config(path, env_id="Gone-v0"), ["Gone"]),
         (lambda path: change_config(path, env_id="gone_package:Gone-v0"), ["gone_package"]),
-        (lambda path: change_config(path, env_id="Pendulum-v1"), ["Pendulum-v1"]),
         (lambda path: change_config(path, env_id="FrozenLake-v1"), ["FrozenLake-v1"]),
         (lambda path: change_config(path, hidden_sizes=[8, 8]), ["size mismatch"]),
         (lambda path: change_config(path, activation="step"), ["cannot be loaded", "step"]),
         (lambda path: (path / "model.pt").unlink(), ["model.pt does not exist", "no model yet"]),
         (lambda path: (path / "model.pt").write_bytes(b""), ["model.pt", "damaged"]),
         (lambda path: (path / "model.pt").write_bytes((path / "model.pt").read_bytes()[:3000]), ["model.pt", "damaged"]),
-        (lambda path: torch.save({"pi.net.0.weight": torch.ones(3)}, path / "model.pt"), ["cannot be loaded"]),
     ],
 )
 def test_foreign_or_damaged_run_is_refused(ppo_run, harm, words):
@@ -352,7 +342,7 @@ def test_film_of_mujoco(runs, gl, tmp_path):
     before, mp4, gif = digest(run_dir), tmp_path / "film.MP4", tmp_path / "film.gif"
     command = [sys.executable, "-m", "utils.evaluate", run_dir, "-n", 3, "-l", 12, "--video", mp4]
     done = run("env", "-u", "MUJOCO_GL", "-u", "DISPLAY", *command)
-    assert done.returncode == 0 and done.stderr == "" and "film.MP4: 0.3 s" in done.stdout, done.stderr
+    assert done.stderr == "" and "film.MP4: 0.3 s" in done.stdout, done.stderr
     env, act = load_policy(run_dir, render_mode="rgb_array")
     assert film(env, act, gif, episodes=3, max_len=12) == list(play(*load_policy(run_dir), episodes=3, max_len=12))
     env.close()
@@ -386,7 +376,7 @@ def test_camera_follows(runs, gl):
 def test_no_opengl_is_said_in_one_line(runs, tmp_path):
     run_dir = runs(ON_POLICY[-1], env_id="Hopper-v4")[1]
     command = [sys.executable, "-m", "utils.evaluate", run_dir, "-l", 3, "--json", "--video", tmp_path / "x.gif"]
-    done = run("env", "-u", "DISPLAY", *command, MUJOCO_GL="glfw")
+    done = run("env", "-u", "DISPLAY", *command, check=False, MUJOCO_GL="glfw")
     lines = done.stderr.splitlines()
     assert (done.returncode, done.stdout, len(lines)) == (1, "", 1) and lines[0].startswith("error: ")
     assert "libosmesa6" in lines[0] and "libegl1" in lines[0], done.stderr
@@ -407,8 +397,6 @@ def test_the_library_that_is_there_is_chosen(ppo_run, monkeypatch, there, before
 
 
 def test_camera_that_breaks_down(clock, tmp_path):
-    with pytest.raises(RunError, match="end in .mp4 or .gif"):
-        Camera(clock, "x.png")
     clock.unwrapped.render = lambda: 1 / 0
     with pytest.raises(RunError, match="x.gif: cannot be filmed: division by zero$"):
         film(clock, lambda obs, deterministic: 0, tmp_path / "x.gif")

@@ -26,8 +26,7 @@ for script in vpg, trpo, ppo:
     (state, first), (other, second) = mpi.gather(([x.tolist() for x in ac.state_dict().values()], acts[0]))
     assert state == other and first != second
 """
-    done = mpirun("-c", program, tmp_path)
-    assert done.returncode == 0, done.stderr
+    mpirun("-c", program, tmp_path)
     for name in ("vpg", "trpo", "ppo"):
         assert [p.name for p in (tmp_path / name).iterdir()] == [f"{name}_s0"]
         assert [row["TotalEnvInteracts"] for row in rows(tmp_path / name / f"{name}_s0")] == ["200", "400", "600", "800"]
@@ -72,8 +71,7 @@ for script in vpg, trpo, ppo:
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(grads + others, whole_grads + whole_others, strict=True))
     assert max(grad.abs().max() for grad in grads) > 1e-3
 """
-    done = mpirun("-c", program)
-    assert done.returncode == 0, done.stderr
+    mpirun("-c", program)
 
 
 def test_trpo_line_search_is_one_for_all_ranks():
@@ -98,8 +96,7 @@ assert j > 0 and 0 < kl <= args.delta, (kl, j)
 first, second = mpi.gather((kl, j, [p.tolist() for p in ac.pi.parameters()]))
 assert first == second
 """
-    done = mpirun("-c", program)
-    assert done.returncode == 0, done.stderr
+    mpirun("-c", program)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +116,7 @@ def broken(*args):
 ppo.update = broken
 ppo.train(ppo.Args(env_id="CartPole-v1", total_steps=10**6, num_envs=2, data_dir={str(tmp_path)!r}))
 """
-    done = mpirun("-c", program)  # raises TimeoutExpired if a rank waits for the other
+    done = mpirun("-c", program, check=False)  # raises TimeoutExpired if a rank waits for the other
     assert done.returncode != 0 and all(word in done.stderr for word in words)
 
 
@@ -130,7 +127,7 @@ def test_defaults_divide_by_the_usual_numbers_of_ranks(script, ranks):
 
 
 def test_what_does_not_divide_by_the_ranks_of_ppo_is_refused_once(tmp_path):
-    done = mpirun(ROOT / "ppo.py", *"--num-envs 3 --steps-per-epoch 300".split(), cwd=tmp_path)
+    done = mpirun(ROOT / "ppo.py", *"--num-envs 3 --steps-per-epoch 300".split(), cwd=tmp_path, check=False)
     assert done.returncode != 0 and done.stderr.count("error:") == 1
     assert "--num-envs 3: is not a multiple of the number of ranks, 2; try 2 or 4" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -151,7 +148,7 @@ def killing(*args):
 vpg.update = killing
 vpg.train(vpg.Args(env_id="CartPole-v1", total_steps=10**6, num_envs=2, data_dir={str(tmp_path)!r}))
 """
-    assert mpirun("-c", program, timeout=60).returncode != 0
+    assert mpirun("-c", program, timeout=60, check=False).returncode != 0
 
     def ended(rank):
         path = pathlib.Path("/proc", (tmp_path / f"{rank}.pid").read_text(), "status")
@@ -168,16 +165,16 @@ def test_ranks_are_equal_where_all_hold_the_same_nan():
     program = """
 import pytest, torch
 from utils import mpi
-layer = torch.nn.Linear(2, 2)
+layer, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
 layer.weight.data.fill_(float("nan"))
 mpi.broadcast(layer)
-mpi.check_equal(layer)
+mpi.broadcast(other)
+mpi.check_equal(other, layer)
 layer.bias.data.fill_(mpi.rank())
 with pytest.raises(RuntimeError, match="parameters differ"):
-    mpi.check_equal(layer)
+    mpi.check_equal(other, layer)
 """
-    done = mpirun("-c", program)
-    assert done.returncode == 0, done.stderr
+    mpirun("-c", program)
 
 
 def test_ranks_of_ppo_share_the_work(tmp_path):
@@ -195,15 +192,13 @@ ppo.train(ppo.Args(env_id="CartPole-v1", total_steps=800, steps_per_epoch=200, n
 passes = len(kls) - 4  # of which each takes the KL once, and each of 4 epochs in its diagnosis
 assert steps == other_steps == 4 * passes and first != second and passes < 40  # the early stop was met
 """
-    done = mpirun("-c", program, tmp_path)
-    assert done.returncode == 0, done.stderr
+    mpirun("-c", program, tmp_path)
 
 
 def test_runs_without_the_optional_packages(tmp_path):
     program = "import sys; sys.modules['mpi4py'] = sys.modules['wandb'] = None; import ppo; ppo.train(ppo.cli(ppo.Args))"
     options = "--env-id CartPole-v1 --total-steps 200 --steps-per-epoch 200 --data-dir".split()
-    done = run(sys.executable, "-c", program, *options, tmp_path)
-    assert done.returncode == 0, done.stderr
+    run(sys.executable, "-c", program, *options, tmp_path)
 
 
 def test_ranks_of_ddpg_td3_sac_share_the_work(tmp_path):
@@ -230,8 +225,7 @@ for script in ddpg, td3, sac:
     (state, acts), (other, other_acts) = mpi.gather(([x.tolist() for x in ac.state_dict().values()], buffer.act.sum()))
     assert state == other and acts != other_acts
 """
-    done = mpirun("-c", program, tmp_path)
-    assert done.returncode == 0, done.stderr
+    mpirun("-c", program, tmp_path)
     for name in ("ddpg", "td3", "sac"):
         table = rows(tmp_path / name / f"{name}_s0")
         assert [row["TotalEnvInteracts"] for row in table] == ["200", "400"] and table[0]["AverageTestEpLen"] == "30.0"

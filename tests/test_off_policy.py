@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import OFF_POLICY, Count, rows, score, small
+from conftest import OFF_POLICY, Count, rows, small
 from gymnasium.spaces import Box
 from torch import nn
 
@@ -421,8 +421,8 @@ def test_targets_move_towards_the_updated_networks(script):
         assert torch.allclose(p, 0.75 * before[name] + 0.25 * online[name])
 
 
-def spy_on_update(script, monkeypatch):
-    """A list that gets, for each update of a run, the networks and targets before it and which of them it changed."""
+def test_targets_start_equal_and_follow_in_a_run(script, tmp_path, monkeypatch):
+    """TD3's actor and targets change in every third update, the critics and what the other scripts have in all of them."""
     update, calls = script.update, []
 
     def spy(ac, targ, *rest):
@@ -432,12 +432,6 @@ def spy_on_update(script, monkeypatch):
         return metrics
 
     monkeypatch.setattr(script, "update", spy)
-    return calls
-
-
-def test_targets_start_equal_and_follow_in_a_run(script, tmp_path, monkeypatch):
-    """TD3's actor and targets change in every third update, the critics and what the other scripts have in all of them."""
-    calls = spy_on_update(script, monkeypatch)
     script.train(small(script, tmp_path, total_steps=200, **(dict(policy_delay=3) if script is td3 else {})))
     ac, targ, _, _ = calls[0]
     assert len(calls) > 90 and len(targ) > 0
@@ -531,19 +525,3 @@ def test_rows_before_the_first_update_are_blank(script, tmp_path, monkeypatch):
     columns = [name for name in first if name.startswith("Loss") or "Vals" in name]
     assert {"LossPi", "LossQ"} < set(columns) and {first[name] for name in columns} == {""}
     assert all(math.isfinite(float(second[name])) for name in columns)
-
-
-PENDULUM = dict(total_steps=5000, steps_per_epoch=5000, start_steps=1000, update_after=1000, gamma=0.95)
-INVERTED_PENDULUM = dict(total_steps=3000, steps_per_epoch=3000, start_steps=500, update_after=200, update_every=10, gamma=0.98)
-INVERTED_PENDULUM |= dict(activation="tanh", q_lr=3e-3)
-
-
-@pytest.mark.parametrize(
-    "script, env_id, goal, changes",
-    [*((script, "Pendulum-v1", -350, PENDULUM) for script in OFF_POLICY), (td3, "InvertedPendulum-v4", 30, INVERTED_PENDULUM)],
-)
-def test_learns(script, tmp_path, env_id, goal, changes):
-    """A random policy gets -1200 on Pendulum and 6 on InvertedPendulum, where every step pays 1 until it falls."""
-    options = dict(hidden_sizes=(64, 64), batch_size=64, polyak=0.98, num_test_episodes=0, seed=0)
-    ac = script.train(script.Args(env_id=env_id, data_dir=str(tmp_path), **options, **changes))
-    assert score(ac, env_id) > goal

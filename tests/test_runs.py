@@ -12,33 +12,43 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ALL, OFF_POLICY, ON_POLICY, ROOT, Count, register, rows, run, run_dir, score, small
+from conftest import ALL, OFF_POLICY, ON_POLICY, ROOT, Count, register, rows, run, run_dir, small
 
 import ddpg
 import ppo
+import td3
 import trpo
 from utils import logger, mpi
 from utils.args import Range, RunArgs, cli
 from utils.check import check
+from utils.envs import make_env
+from utils.evaluate import Policy, play
 from utils.logger import set_up
 from utils.process import RunError
 from utils.run_dir import provenance
 
 ONLY_OFF_POLICY = pytest.mark.parametrize("script", OFF_POLICY)
 
+SMALLER = dict(hidden_sizes=(64, 64), batch_size=64, polyak=0.98, num_test_episodes=0)
+PENDULUM = SMALLER | dict(total_steps=5000, steps_per_epoch=5000, start_steps=1000, update_after=1000, gamma=0.95)
+INVERTED = SMALLER | dict(total_steps=3000, steps_per_epoch=3000, start_steps=500, update_after=200, update_every=10)
+INVERTED |= dict(activation="tanh", q_lr=3e-3, gamma=0.98)
+
 
 @pytest.mark.parametrize(
-    "script, env_id, steps, goal, changes",
+    "script, env_id, goal, changes",
     [
-        *((script, "CartPole-v1", 40_000, 450, {}) for script in ON_POLICY),
-        (ppo, "InvertedPendulum-v4", 60_000, 900, {}),
-        (trpo, "CartPole-v1", 30_000, 400, dict(algo="npg")),
+        *((script, "CartPole-v1", 450, dict(total_steps=40_000)) for script in ON_POLICY),
+        (ppo, "InvertedPendulum-v4", 900, dict(total_steps=60_000)),
+        (trpo, "CartPole-v1", 400, dict(total_steps=30_000, algo="npg")),
+        *((script, "Pendulum-v1", -350, PENDULUM) for script in OFF_POLICY),
+        (td3, "InvertedPendulum-v4", 30, INVERTED),
     ],
 )
-def test_learns(script, tmp_path, env_id, steps, goal, changes):
-    """The files' defaults, with fewer steps. A random policy gets 20 on CartPole and 6 on InvertedPendulum."""
-    ac = script.train(script.Args(env_id=env_id, total_steps=steps, seed=0, data_dir=str(tmp_path), **changes))
-    assert score(ac, env_id) > goal
+def test_learns(script, tmp_path, env_id, goal, changes):
+    """On-policy by the defaults. A random policy gets 20 on CartPole, 6 on InvertedPendulum and -1200 on Pendulum."""
+    ac = script.train(script.Args(env_id=env_id, data_dir=str(tmp_path), **changes))
+    assert np.mean([ret for ret, _ in play(make_env(env_id), Policy(ac, deterministic=True), 10)]) > goal
 
 
 @ALL
@@ -103,12 +113,19 @@ def test_epoch_without_an_ended_episode_is_blank(script, tmp_path):
 
 
 @ALL
-@pytest.mark.parametrize("env_id, quantity", [("Broken-v0", "reward"), ("BrokenObs-v0", "observation")])
-def test_nan_stops_the_run_and_keeps_the_model(script, tmp_path, env_id, quantity):
+@pytest.mark.parametrize("quantity", ["reward", "observation"])
+def test_nan_stops_the_run_and_keeps_the_model(script, tmp_path, quantity):
     """The 150th step of an environment is in the second epoch; on-policy there are two environments."""
-    step = 300 if script in ON_POLICY else 150
-    with pytest.raises(RunError, match=rf"{quantity} is not finite at step {step}\b"):
-        script.train(small(script, tmp_path, env_id=env_id, exp_name="x"))
+
+    def step(self, action):
+        obs, rew, *rest = Count.step(self, np.clip(action, -0.4, 0.4))
+        self.total += 1
+        bad = (obs, np.nan) if quantity == "reward" else (obs * np.inf, rew)
+        return *(bad if self.total == 150 else (obs, rew)), *rest
+
+    register("Broken-v0", step=step, total=0)
+    with pytest.raises(RunError, match=rf"{quantity} is not finite at step {300 if script in ON_POLICY else 150}\b"):
+        script.train(small(script, tmp_path, env_id="Broken-v0", exp_name="x"))
     saved = torch.load(tmp_path / "x/x_s0/model.pt", weights_only=True)
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
     assert len(rows(tmp_path / "x/x_s0")) == 1
@@ -120,6 +137,15 @@ def test_nan_loss_stops_the_run(script, tmp_path):
     changes = dict(env_id="Count-v0", total_steps=2000, vf_lr=1e38) if on_policy else dict(q_lr=1e38, num_test_episodes=0)
     with pytest.raises(RunError, match=r"is (nan|inf|-inf) at step 200\b" if on_policy else r"action is not finite at step 100\b"):
         script.train(small(script, tmp_path, **changes))
+    assert not list(tmp_path.glob("**/model.pt"))
+
+
+def test_networks_that_are_not_finite_are_not_saved(tmp_path):
+    """Of those in a run's state, not the one in model.pt alone."""
+    args, broken = small(ppo, tmp_path), torch.nn.Linear(1, 1)
+    broken.bias.data.fill_(np.nan)
+    with pytest.raises(RunError, match="parameter bias is not finite at step 0"), logger.Logger(args, ppo.__file__) as log:
+        list(log.epochs(1, ac=torch.nn.Linear(1, 1), online=broken))
     assert not list(tmp_path.glob("**/model.pt"))
 
 
@@ -138,7 +164,6 @@ def test_script_and_utils_alone_are_enough(script, tmp_path):
     if script in OFF_POLICY:
         options = "--env-id Pendulum-v1 --total-steps 400 --steps-per-epoch 200 --update-after 300 --start-steps 100"
     done = run(sys.executable, "mine.py", *options.split(), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "data").glob("mine_*/mine_*_s0")
     assert len(rows(path)) == 2 and "steps/s" in done.stdout and "left" in done.stdout
 
@@ -172,6 +197,7 @@ BAD_ON_POLICY = [
     (dict(exp_name="../../x"), ["--exp-name", "../../x"]),
     (dict(exp_name=""), ["--exp-name"]),
     (dict(device="cuda:99"), ["--device cuda:99"]),
+    (dict(data_dir=str(ROOT / "README.md")), ["--data-dir", "README.md"]),
 ]
 BAD_OFF_POLICY = [
     (dict(batch_size=200), ["--batch-size 200", "--update-after 100", "try --update-after 200"]),
@@ -263,13 +289,6 @@ def test_off_policy_refuses_actions_without_usable_bounds(script, high, tmp_path
         script.train(small(script, tmp_path, env_id="Count-v0"))
 
 
-def test_data_dir_that_is_a_file(script, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(RunError, match="--data-dir"):
-        script.train(small(script, tmp_path, data_dir=str(tmp_path / "file")))
-    assert (tmp_path / "file").read_text() == "mine"
-
-
 @pytest.mark.parametrize("norm_obs, expected", [(True, [1.0, -10.0]), (False, [5.0, -40.0])])
 def test_observations_are_normalised_within_10_if_asked(script, norm_obs, expected):
     ac = script.ActorCritic(gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2), script.Args(norm_obs=norm_obs))
@@ -280,11 +299,9 @@ def test_observations_are_normalised_within_10_if_asked(script, norm_obs, expect
 
 def test_wandb_offline(tmp_path):
     """The run's rows and configuration reach W&B's files without a network or a key, and the run has W&B's id."""
-    pytest.importorskip("wandb")
     args = "--env-id CartPole-v1 --total-steps 400 --steps-per-epoch 200 --num-envs 2 --track --data-dir".split()
     wandb = dict(WANDB_MODE="offline", WANDB_API_KEY="secret0" * 6, WANDB_RUN_ID="agent7")
     done = run(sys.executable, ROOT / "ppo.py", *args, tmp_path, cwd=tmp_path, **wandb)
-    assert done.returncode == 0, done.stderr
     path = run_dir(tmp_path)
     assert json.loads((path / "config.json").read_text())["wandb_id"] == "agent7"
     assert list((path / "wandb").glob("offline-run-*-agent7/run-*.wandb"))
@@ -341,7 +358,7 @@ def test_a_commit_is_dirty_if_python_files_differ_from_it(tmp_path):
     curve.write_text("")
     name = "-c user.name=x -c user.email=x@x".split()
     for command in ["init", "-q"], ["add", "."], [*name, "commit", "-qm", "x"]:
-        run("git", *command, cwd=tmp_path).check_returncode()
+        run("git", *command, cwd=tmp_path)
     commit = run("git", "rev-parse", "HEAD", cwd=tmp_path).stdout.strip()
     curve.write_text("a run has ended")
     assert provenance(script)["git_commit"] == commit and len(commit) == 40

@@ -110,11 +110,6 @@ def start(command):
     return subprocess.Popen(words, **options, **heard)
 
 
-def written(path):
-    """What is there besides the script."""
-    return sorted(p.name for p in path.iterdir() if p.name not in ("fake.py", "__pycache__"))
-
-
 @pytest.mark.parametrize(
     "command, expected",
     [
@@ -198,16 +193,16 @@ def test_refused_before_anything_is_written(tmp_path, monkeypatch, command, mess
 
 
 def test_print(fake, capsys):
-    assert (
-        main(shlex.split("fake.py --seed 0 1 --hidden-sizes '8 8' 8 --norm-obs False --print --mpi 4 --data-dir 'my data'")) == 0
-    )
+    command = "fake.py --seed 0 1 --hidden-sizes '8 8' 8 --norm-obs False --print --mpi 4 --data-dir 'my data'"
+    assert main(shlex.split(command)) == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     options = "--seed=1 --hidden-sizes 8 8 --no-norm-obs --exp-name fake_Fake-v0_hid8-8 --data-dir".split()
     assert len(lines) == 4 and lines[2][0] == "env" and lines[2][1].startswith(f"PYTHONPATH={ROOT}")
     assert lines[2][2:] == ["mpirun", "-n", "4", sys.executable, "fake.py", *options, "my data", "--torch-threads", "1"]
     main([str(ROOT / "ppo.py"), "--env-id", "CartPole-v1", "--torch-threads", "2", "--print"])
-    assert shlex.split(capsys.readouterr().out)[:2] == [sys.executable, str(ROOT / "ppo.py")] and written(fake) == []
+    assert shlex.split(capsys.readouterr().out)[:2] == [sys.executable, str(ROOT / "ppo.py")]
     assert plan(*parse("fake.py --torch-threads 2".split()))[0].args.torch_threads == 2
+    assert {path.name for path in fake.iterdir()} <= {"fake.py", "__pycache__"}  # nothing is written
 
 
 def test_at_most_so_many_workers(fake):
@@ -260,7 +255,7 @@ def test_python_function(fake):
 
 
 @pytest.mark.parametrize("seeds", [(0, 1), range(2), np.arange(2), {0: "", 1: ""}, iter([0, 1])])
-def test_any_iterable_is_a_list_of_values(fake, capsys, seeds):
+def test_any_iterable_is_a_list_of_values(fake, seeds):
     """But a tuple is one value of an argument that is a tuple itself."""
     runs = sweep("fake.py", {"seed": seeds, "hidden_sizes": (8, 8), "env_id": "A-v0"}, print=True, data_dir="~/x")
     assert [(run.seed, run.args.hidden_sizes, run.name) for run in runs] == [(k, (8, 8), "fake_A-v0") for k in (0, 1)]
@@ -387,15 +382,9 @@ def test_time_left_and_progress(fake):
     assert runs[1].progress() == (0.5, "3.5") and runs[0].progress() == (1, "9.0") and runs[5].progress() == (0, "-")
 
 
-def test_the_environment_s_name_is_completed(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    (run,) = plan(Args(("ppo.py",), data_dir=str(tmp_path)), {"env-id": ["Pendulum"]})
-    assert (run.name, run.args.env_id) == ("ppo_Pendulum-v1", "Pendulum-v1")
-
-
 def test_real_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    grid = dict(env_id="CartPole-v1", total_steps=400, steps_per_epoch=200, num_envs=2, minibatch_size=50, clip_ratio=[0.1, 0.3])
+    grid = dict(env_id="CartPole", total_steps=400, steps_per_epoch=200, num_envs=2, minibatch_size=50, clip_ratio=[0.1, 0.3])
     first, second = sweep("ppo.py", grid, workers=2, data_dir=str(tmp_path))
     assert (first.name, second.name) == ("ppo_CartPole-v1_cli0-1", "ppo_CartPole-v1_cli0-3") and first.returncode == 0
     assert json.loads((second.run_dir / "config.json").read_text())["clip_ratio"] == 0.3

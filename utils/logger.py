@@ -60,11 +60,12 @@ class Logger:
         epoch, and saved every `save_freq` epochs and after the last one; `ac` is the module that model.pt holds.
         """
         self.ac, self.state = state["ac"], State(state, sys.modules[type(self.args).__module__])
+        self.modules = [x for x in state.values() if isinstance(x, torch.nn.Module)]
         if self.args.resume is not None:
             info = self.run.restore(self.state)
             if info["epoch"] + bool(info["stored"]) > count:
                 raise RunError(f"--total-steps {self.args.total_steps}: the run has done {info['last_steps']:,} already")
-            mpi.check_equal(self.ac)
+            mpi.check_equal(*self.modules)
             self.epoch, self.last_steps, self.stored = info["epoch"], info["last_steps"], info["stored"]
             self.start, self.last_time = (time.monotonic() - info[name] for name in ("elapsed", "since_row"))
         self.run.open()
@@ -87,7 +88,7 @@ class Logger:
                 self.stop_if_told(save=not regular)
 
     def store(self, **metrics):
-        """Keep metrics for the next row: lists add up, of other numbers the row has their mean, of an int the last."""
+        """Keep metrics for the next row: lists are joined, of an int the last counts, of other numbers the mean."""
         for name, value in metrics.items():
             if isinstance(value, list):
                 self.stored.setdefault(name, []).extend(value)
@@ -134,8 +135,8 @@ class Logger:
     def save(self):
         """Write model.pt and the checkpoint; collective over the ranks. Raises RunError if a weight is not finite, if the
         ranks' weights differ, or if a file cannot be written: the one before is left as it was."""
-        mpi.check_equal(self.ac)
-        for name, tensor in self.ac.state_dict().items():
+        mpi.check_equal(*self.modules)
+        for name, tensor in (item for module in self.modules for item in module.state_dict().items()):
             if not torch.isfinite(tensor).all():
                 raise RunError(f"parameter {name} is not finite at step {self.last_steps:,}; model.pt is left as it was")
         now = time.monotonic()

@@ -36,7 +36,7 @@ def average(x):
 
 
 def average_gradients(parameters):
-    """Replace each parameter's gradient by its mean over the ranks; stands between `backward()` and `step()`."""
+    """Replace each parameter's gradient by its mean over the ranks: between `backward()` and `step()`."""
     if _comm is None:
         return
     parameters = [p for p in parameters if p.grad is not None]
@@ -46,18 +46,17 @@ def average_gradients(parameters):
 
 
 def broadcast(module):
-    """Give every rank the parameters and buffers of rank 0; stands after the construction."""
+    """Give every rank the parameters and buffers of rank 0: after the construction."""
     if _comm is None:
         return
     for tensor in module.state_dict().values():  # these share memory with the module
         tensor.copy_(torch.as_tensor(_comm.bcast(tensor.cpu().numpy())))
 
 
-def check_equal(module):
+def check_equal(*modules):
     """Raise RunError unless all ranks hold the same parameters and buffers."""
-    if _comm is None:
-        return
-    digests = _comm.allgather([float(tensor.cpu().double().sum()).hex() for tensor in module.state_dict().values()])
+    tensors = [tensor for module in modules for tensor in module.state_dict().values()]
+    digests = gather([float(tensor.cpu().double().sum()).hex() for tensor in tensors])
     if any(digest != digests[0] for digest in digests):
         raise process.RunError("the ranks' parameters differ: something that steers the training is not averaged over the ranks")
 
