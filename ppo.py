@@ -60,7 +60,7 @@ class Batch(NamedTuple):
     logp: torch.Tensor  # log pi_old(act|obs), of the policy that acted
     rew: torch.Tensor
     next_obs: torch.Tensor  # normalised; the real final observation where an episode ends
-    terminated: torch.Tensor  # 1 where next_obs is terminal, 0 where the episode is only truncated
+    terminated: torch.Tensor  # 1 where next_obs is terminal; else 0, also where the episode is only truncated
     done: torch.Tensor  # 1 where the episode ends: terminated or truncated
 
 
@@ -150,7 +150,7 @@ def mlp(sizes, activation, out_gain):
 
 
 class Gaussian(NamedTuple):
-    """N(mean, std^2) in each of act_dim dimensions. torch.distributions takes much longer to say the same."""
+    """N(mean, std^2) in each of act_dim dimensions. torch.distributions.Normal means the same and is much slower."""
 
     mean: torch.Tensor  # (..., act_dim)
     std: torch.Tensor  # (act_dim,)
@@ -164,7 +164,7 @@ class Gaussian(NamedTuple):
         return self.mean + self.std * torch.randn_like(self.mean)
 
     def log_prob(self, act):
-        """act (..., act_dim) -> log N(act) (...) = -sum ((act - mean) / std)^2 / 2 - sum log (std sqrt(2 pi))"""
+        """act (..., act_dim) -> (...): log N(act) = -sum ((act - mean) / std)^2 / 2 - sum log (std sqrt(2 pi))"""
         z = (act - self.mean) / self.std
         return -0.5 * z.square().sum(-1) - (self.std.log() + math.log(2 * math.pi) / 2).sum()
 

@@ -38,7 +38,7 @@ class Args(RunArgs):
     steps_per_epoch: TotalOfEnvs = 10_000  # environment steps between two rows of the log, and between two tests
     num_envs: EnvsOfRanks = 1  # environments, stepped one after the other; at least one per MPI process
     max_ep_len: AtLeast1 | None = None  # steps until an episode is truncated; default: the environment's own limit
-    num_test_episodes: AtLeast0 = 10  # deterministic episodes at the end of each epoch
+    num_test_episodes: AtLeast0 = 10  # episodes of the targets' policy, without noise, at the end of each epoch
     hidden_sizes: tuple[AtLeast1, ...] = (256, 256)  # widths of the hidden layers, of the actor and of each critic
     activation: Literal["tanh", "relu", "elu"] = "relu"  # activation of the hidden layers
     gamma: Fraction = 0.99  # discount
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
     act: torch.Tensor  # within -1 and 1
     rew: torch.Tensor
     next_obs: torch.Tensor  # the real final observation where an episode ends
-    terminated: torch.Tensor  # 1 where next_obs is terminal, 0 where the episode is only truncated
+    terminated: torch.Tensor  # 1 where next_obs is terminal; else 0, also where the episode is only truncated
 
 
 class ReplayBuffer:
@@ -83,13 +83,13 @@ class ReplayBuffer:
         at random. Returns the returns and the lengths of the episodes that ended."""
         ep_rets, ep_lens = [], []
         while self.steps < until:
-            now = np.array([env.obs for env in self.envs], np.float32)  # (N, obs_dim)
+            obs = np.array([env.obs for env in self.envs], np.float32)  # (N, obs_dim)
             uniform = 2 * torch.rand(len(self.envs), *self.act.shape[1:]) - 1
-            act = uniform if self.steps < start_steps else ac.sample(now).cpu()
-            check_finite(self.steps, observation=now, action=act.numpy())
+            act = uniform if self.steps < start_steps else ac.sample(obs).cpu()
+            check_finite(self.steps, observation=obs, action=act.numpy())
             for i, (env, env_act) in enumerate(zip(self.envs, ac.to_env(act), strict=True)):
                 next_obs, rew, terminated, truncated, _ = env.step(env_act)
-                self.store(now[i], act[i], rew, next_obs, terminated)
+                self.store(obs[i], act[i], rew, next_obs, terminated)
                 if terminated or truncated:
                     ep_rets.append(env.ep_ret)
                     ep_lens.append(env.ep_len)
@@ -245,8 +245,8 @@ def test(ac, env, num_episodes):
 
 
 def train(args):
-    """Train as `args` (an Args) says and return the targets' ActorCritic. It is what is tested and saved: its policy averages the
-    latest ones and mostly scores higher. Raises RunError for what cannot work."""
+    """Train as `args` (an Args) says and return the targets' ActorCritic, which is tested and saved: its weights average the latest
+    ones, and its policy mostly scores higher. Raises RunError for what cannot work."""
     seeds = set_up(args)
     ranks = mpi.size()
     num_envs = max(args.num_envs, ranks)  # one for each rank at least
@@ -261,7 +261,7 @@ def train(args):
     test_env = make_env(args.env_id, args.max_ep_len)
     test_env.reset(seed=int(seeds.integers(2**31)))
 
-    # model.pt is of `ac`: the targets
+    # what is called `ac` here, the targets, is saved as model.pt
     state = dict(ac=ac_targ, online=ac, pi_optimizer=pi_optimizer, q_optimizer=q_optimizer)
     with Logger(args, __file__) as logger:
         for epoch in logger.epochs(epochs, **state, buffer=buffer, test_env=test_env):  # all that --resume restores
@@ -273,7 +273,7 @@ def train(args):
                     for step in range(start + 1, buffer.steps + 1):  # as many updates as steps
                         batch = buffer.sample(args.batch_size // ranks, ac.device)
                         metrics |= update(ac, ac_targ, pi_optimizer, q_optimizer, batch, args, step % args.policy_delay == 0)
-                # metrics of the last update
+                # metrics of the block's last update; none before the first
                 logger.store(EpRet=ep_rets, EpLen=ep_lens, TotalEnvInteracts=buffer.steps, **metrics)
             test_rets, test_lens = test(ac_targ, test_env, args.num_test_episodes)
             logger.log(Epoch=epoch, TestEpRet=test_rets, TestEpLen=test_lens)

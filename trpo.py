@@ -67,7 +67,7 @@ class Batch(NamedTuple):
     logp: torch.Tensor  # log pi_old(act|obs), of the policy that acted
     rew: torch.Tensor
     next_obs: torch.Tensor  # normalised; the real final observation where an episode ends
-    terminated: torch.Tensor  # 1 where next_obs is terminal, 0 where the episode is only truncated
+    terminated: torch.Tensor  # 1 where next_obs is terminal; else 0, also where the episode is only truncated
     done: torch.Tensor  # 1 where the episode ends: terminated or truncated
 
 
@@ -157,7 +157,7 @@ def mlp(sizes, activation, out_gain):
 
 
 class Gaussian(NamedTuple):
-    """N(mean, std^2) in each of act_dim dimensions. torch.distributions takes much longer to say the same."""
+    """N(mean, std^2) in each of act_dim dimensions. torch.distributions.Normal means the same and is much slower."""
 
     mean: torch.Tensor  # (..., act_dim)
     std: torch.Tensor  # (act_dim,)
@@ -171,7 +171,7 @@ class Gaussian(NamedTuple):
         return self.mean + self.std * torch.randn_like(self.mean)
 
     def log_prob(self, act):
-        """act (..., act_dim) -> log N(act) (...) = -sum ((act - mean) / std)^2 / 2 - sum log (std sqrt(2 pi))"""
+        """act (..., act_dim) -> (...): log N(act) = -sum ((act - mean) / std)^2 / 2 - sum log (std sqrt(2 pi))"""
         z = (act - self.mean) / self.std
         return -0.5 * z.square().sum(-1) - (self.std.log() + math.log(2 * math.pi) / 2).sum()
 
@@ -292,7 +292,7 @@ def value_loss(val, ret):  # of one shape, normalised
 
 
 def kl_divergence(p, q):
-    """KL(p | q) (...) of two Categoricals or of two Gaussians"""
+    """-> (...): KL(p | q) of two Categoricals or of two Gaussians"""
     if isinstance(p, Categorical):
         return torch.distributions.kl_divergence(p, q)
     z, ratio = (p.mean - q.mean) / q.std, p.std / q.std
@@ -374,7 +374,7 @@ def update_policy(ac, batch, adv, args):
     for j in range(args.backtrack_iters):
         assign(params, theta + args.backtrack_coeff**j * step)
         with torch.no_grad():
-            loss_pi, kl = (mpi.average(x.item()) for x in loss_and_kl())
+            loss_pi, kl = (mpi.average(value.item()) for value in loss_and_kl())
         if args.algo == "npg" or (loss_pi < loss_old and kl <= args.delta):
             return kl, j
     assign(params, theta)
@@ -404,7 +404,7 @@ def train(args):
     envs = [make_env(args.env_id, args.max_ep_len) for _ in range(args.num_envs // mpi.size())]
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
-    optimizer = Adam(ac.v.parameters(), args.vf_lr, eps=1e-5)  # eps of OpenAI Baselines
+    optimizer = Adam(ac.v.parameters(), eps=1e-5)  # eps of OpenAI Baselines
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
     buffer = Buffer(envs, args.steps_per_epoch // args.num_envs, seeds)
 

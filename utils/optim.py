@@ -1,4 +1,4 @@
-"""Networks this small, faster than PyTorch trains them by default."""
+"""What trains networks as small as these faster than PyTorch does by default."""
 
 import torch
 
