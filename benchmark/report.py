@@ -91,7 +91,7 @@ def load_cells(args):
         if planned and key not in found and has_defaults(config) and not experiment.tests().empty:
             found[key] = experiment
         else:
-            print(f"left out, other arguments, ranks or no tests: {' '.join(key)}, seeds {sorted(experiment.runs)}", file=sys.stderr)
+            print(f"left out, other arguments or no tests: {' '.join(key)}, seeds {sorted(experiment.runs)}", file=sys.stderr)
 
     def cell(script, env_id):
         algo = Path(script).stem
