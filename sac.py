@@ -16,7 +16,6 @@ Actions are scaled so that each dimension's bounds are -1 and 1: policy, critics
 import copy
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -151,7 +150,7 @@ class ActorCritic(nn.Module):
 
     def __init__(self, obs_space, act_space, args):
         super().__init__()
-        activation = {"tanh": nn.Tanh, "relu": partial(nn.ReLU, inplace=True), "elu": nn.ELU}[args.activation]
+        activation = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}[args.activation]
         sizes = (obs_space.shape[0], act_space.shape[0], args.hidden_sizes, activation)
         self.pi, self.q = Actor(*sizes), nn.ModuleList([Critic(*sizes), Critic(*sizes)])
         self.log_alpha = nn.Parameter(torch.tensor(float(args.alpha)).log(), requires_grad=args.autotune)
