@@ -73,7 +73,7 @@ class ReplayBuffer:
         self.obs, self.next_obs = (np.zeros((size, *obs_shape), np.float32) for _ in range(2))
         self.act = np.zeros((size, *act_shape), np.float32)
         self.rew, self.terminated = (np.zeros(size, np.float32) for _ in range(2))
-        self.envs, self.steps, self.stored = envs, 0, 0
+        self.envs, self.steps, self.count = envs, 0, 0
         for env in envs:
             env.reset(seed=int(seeds.integers(2**31)))
 
@@ -98,15 +98,15 @@ class ReplayBuffer:
 
     def store(self, obs, act, rew, next_obs, terminated):
         """Put a transition into the place of the oldest."""
-        at = self.stored % len(self.obs)
+        at = self.count % len(self.obs)
         self.obs[at], self.act[at], self.rew[at] = obs, act, rew
         self.next_obs[at], self.terminated[at] = next_obs, terminated
         check_finite(self.steps + 1, observation=self.next_obs[at], reward=self.rew[at])
-        self.stored += 1
+        self.count += 1
 
     def sample(self, batch_size, device):
         """A Batch of transitions, drawn uniformly with replacement."""
-        at = torch.randint(min(self.stored, len(self.obs)), (batch_size,)).numpy()
+        at = torch.randint(min(self.count, len(self.obs)), (batch_size,)).numpy()
         arrays = (self.obs, self.act, self.rew, self.next_obs, self.terminated)
         return Batch(*(torch.from_numpy(array.take(at, 0)).to(device) for array in arrays))
 
@@ -244,8 +244,8 @@ def test(ac, env, num_episodes):
 
 
 def train(args):
-    """Train as `args` (an Args) says and return the targets' ActorCritic, which is tested and saved: its weights average the latest
-    ones, and its policy mostly scores higher. Raises RunError for what cannot work."""
+    """Train as `args` (an Args) says and return the targets' ActorCritic, whose weights average the latest ones: it is tested and
+    saved, too. Raises RunError for what cannot work."""
     seeds = set_up(args)
     ranks = mpi.size()
     num_envs = max(args.num_envs, ranks)  # one for each rank at least
@@ -260,10 +260,9 @@ def train(args):
     test_env = make_env(args.env_id, args.max_ep_len)
     test_env.reset(seed=int(seeds.integers(2**31)))
 
-    # what is called `ac` here, the targets, is saved as model.pt
-    state = dict(ac=ac_targ, online=ac, pi_optimizer=pi_optimizer, q_optimizer=q_optimizer)
+    state = dict(ac=ac, pi_optimizer=pi_optimizer, q_optimizer=q_optimizer, buffer=buffer, test_env=test_env)
     with Logger(args, __file__) as logger:
-        for epoch in logger.epochs(epochs, **state, buffer=buffer, test_env=test_env):  # all that --resume restores
+        for epoch in logger.epochs(epochs, model=ac_targ, **state):  # all that --resume restores
             epoch_end = (epoch + 1) * args.steps_per_epoch
             while buffer.steps < epoch_end:
                 start, metrics = buffer.steps, {}

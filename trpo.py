@@ -157,7 +157,7 @@ def mlp(sizes, activation, out_gain):
 
 
 class Gaussian(NamedTuple):
-    """N(mean, std^2) in each of act_dim dimensions. torch.distributions.Normal means the same and is much slower."""
+    """N(mean, std^2) in each of act_dim dimensions. Independent(Normal(mean, std), 1) means the same and is much slower."""
 
     mean: torch.Tensor  # (..., act_dim)
     std: torch.Tensor  # (act_dim,)
@@ -388,7 +388,7 @@ def update(ac, optimizer, batch, args):
     kl, backtracks = update_policy(ac, batch, adv, args)
     for i in range(args.train_v_iters):
         if i > 0:
-            _, ret = advantages(ac, batch, args)  # anew for each pass, as the critic and its units have changed
+            _, ret = advantages(ac, batch, args)  # anew for each pass, as the critic has changed
         for obs, mb_ret in minibatches(args.minibatch_size // mpi.size(), batch.obs, ac.ret_stats.normalise(ret)):
             loss_v = value_loss(ac.v(obs), mb_ret)
             optimizer.zero_grad()
@@ -409,7 +409,7 @@ def train(args):
     buffer = Buffer(envs, args.steps_per_epoch // args.num_envs, seeds)
 
     with Logger(args, __file__) as logger:
-        for epoch in logger.epochs(epochs, ac=ac, optimizer=optimizer, buffer=buffer):  # all that --resume restores
+        for epoch in logger.epochs(epochs, model=ac, optimizer=optimizer, buffer=buffer):  # all that --resume restores
             for group in optimizer.param_groups:
                 group["lr"] = args.vf_lr * (1 - epoch / epochs)
             ep_rets, ep_lens = buffer.collect(ac)

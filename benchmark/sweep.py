@@ -174,9 +174,10 @@ def use_earlier_attempts(run, script, launcher, ranks):
                     steps[path.parent] = steps_done(read_rows(path.parent / "progress.txt"))
                 else:
                     run.outdated = path.parent
-    resumable = [path for path in steps if any((path / "checkpoint").glob("*.ckpt"))]
+    resumable = [p for p in steps if all(any((p / "checkpoint").glob(f"*_rank{rank}.ckpt")) for rank in range(ranks))]
     # a run that was killed after its last row and before its last save has a checkpoint to go on with
-    finished = [path for path in steps if steps[path] >= run.args.total_steps and (path not in resumable or is_saved(path))]
+    done = [path for path in steps if steps[path] >= run.args.total_steps]
+    finished = [path for path in done if path not in resumable or read_config(path).get("finished")]
     if finished:
         run.run_dir, run.returncode = max(finished, key=steps.get), 0
     elif resumable:
@@ -185,12 +186,6 @@ def use_earlier_attempts(run, script, launcher, ranks):
         run.command = [*launcher, "--resume", str(run.resumes)]
     elif run.outdated:
         say(f"{run.outdated}: was made by other code than {script} has now; {run} starts anew", sys.stderr)
-
-
-def is_saved(run_dir):
-    """Whether model.pt was written after the last row."""
-    model, rows = run_dir / "model.pt", run_dir / "progress.txt"
-    return model.exists() and model.stat().st_mtime >= rows.stat().st_mtime
 
 
 def sweep(script, grid, **options):

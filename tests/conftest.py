@@ -133,6 +133,13 @@ def run_dir(folder):
     return path
 
 
+def change_config(run_dir, **changes):
+    """Of a run, without the arguments that are None then."""
+    config = json.loads((run_dir / "config.json").read_text()) | changes
+    config = {name: value for name, value in config.items() if value is not None}
+    (run_dir / "config.json").write_text(json.dumps(config))
+
+
 def write_run(path, returns, **config):
     """A run directory of 4,000 steps as planned, with a row every 1,000; `returns` are its cells of AverageEpRet."""
     path.mkdir(parents=True)

@@ -19,12 +19,13 @@ def test_ranks_of_vpg_trpo_ppo_hold_the_same_parameters_and_write_once(tmp_path)
 import sys, vpg, trpo, ppo
 from utils import mpi
 for script in vpg, trpo, ppo:
-    acts, batch = [], script.Buffer.batch
+    acts, sizes, batch, value_loss = [], set(), script.Buffer.batch, script.value_loss
+    script.value_loss = lambda val, ret: sizes.add(tuple(val.shape)) or value_loss(val, ret)
     script.Buffer.batch = lambda self, ac: acts.append(self.act.sum()) or batch(self, ac)
     ac = script.train(script.Args(env_id="Hopper-v4", total_steps=800, steps_per_epoch=200, num_envs=2, minibatch_size=50,
                                   exp_name=script.__name__, data_dir=sys.argv[1]))
     (state, first), (other, second) = mpi.gather(([x.tolist() for x in ac.state_dict().values()], acts[0]))
-    assert state == other and first != second
+    assert state == other and first != second and sizes == {(25,), (100, 1)}  # half minibatches; the diagnosis
 """
     mpirun("-c", program, tmp_path)
     for name in ("vpg", "trpo", "ppo"):
@@ -178,27 +179,19 @@ with pytest.raises(RuntimeError, match="parameters differ"):
 
 
 def test_ranks_of_ppo_share_the_work(tmp_path):
-    """As many gradient steps, of half the size on each rank, and one decision on the KL, though each rank sees another KL."""
+    """One decision on the KL, though each rank sees another one."""
     program = """
 import sys, ppo
 from utils import mpi
 assert mpi.gather([1.0, 2.0][mpi.rank():]) == [[1.0, 2.0], [2.0]]
-sizes, kls, policy_loss, approx_kl = [], [], ppo.policy_loss, ppo.approx_kl
-ppo.policy_loss = lambda logp, *rest: sizes.append(len(logp)) or policy_loss(logp, *rest)
+kls, approx_kl = [], ppo.approx_kl
 ppo.approx_kl = lambda *args: kls.append(approx_kl(*args).item()) or approx_kl(*args)
 ppo.train(ppo.Args(env_id="CartPole-v1", total_steps=800, steps_per_epoch=200, num_envs=2, minibatch_size=50, target_kl=0.004,
                    data_dir=sys.argv[1]))
-(steps, first), (other_steps, second) = mpi.gather((sizes.count(25), kls))
-passes = len(kls) - 4  # of which each takes the KL once, and each of 4 epochs in its diagnosis
-assert steps == other_steps == 4 * passes and first != second and passes < 40  # the early stop was met
+first, second = mpi.gather(kls)
+assert len(first) == len(second) < 44 and first != second  # with an early stop: 40 passes and 4 diagnoses take the KL
 """
     mpirun("-c", program, tmp_path)
-
-
-def test_runs_without_the_optional_packages(tmp_path):
-    program = "import sys; sys.modules['mpi4py'] = sys.modules['wandb'] = None; import ppo; ppo.train(ppo.cli(ppo.Args))"
-    options = "--env-id CartPole-v1 --total-steps 200 --steps-per-epoch 200 --data-dir".split()
-    run(sys.executable, "-c", program, *options, tmp_path)
 
 
 def test_ranks_of_ddpg_td3_sac_share_the_work(tmp_path):
@@ -220,7 +213,7 @@ for script in ddpg, td3, sac:
                                   update_every=7, batch_size=20, replay_size=300, hidden_sizes=(8, 8), num_test_episodes=3,
                                   max_ep_len=30, exp_name=script.__name__, data_dir=sys.argv[1]))
     buffer, numbers = draws[0][0], (len(draws), {size for _, size in draws})
-    numbers += len(buffer.obs), buffer.stored, buffer.steps
+    numbers += len(buffer.obs), buffer.count, buffer.steps
     assert numbers == (400 - 48, {10}, 150, 200, 400)  # blocks of 8, the multiple of 2 above 7: the 7th is the first to reach 50
     (state, acts), (other, other_acts) = mpi.gather(([x.tolist() for x in ac.state_dict().values()], buffer.act.sum()))
     assert state == other and acts != other_acts

@@ -21,19 +21,17 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ALL, BOTH, ROOT, Count, Trap, register, rows, run, run_dir, small
+from conftest import ALL, BOTH, ROOT, Count, Trap, change_config, register, rows, run, run_dir, small
 from torch import nn
 
 import ppo
 import sac
 import td3
 import vpg
-from benchmark.sweep import is_saved
-from utils import envs
-from utils.envs import make_env, say_once
+from utils.envs import say_once
 from utils.logger import Logger
-from utils.process import RunError
-from utils.run_dir import same_code, writing
+from utils.process import Interrupted, RunError
+from utils.run_dir import read_config, same_code, writing
 from utils.state import State
 
 
@@ -110,7 +108,6 @@ options = dict(save_freq=1, total_steps=2400)
 begin = time.time()
 whole = start(tiny(script, folder / "whole", **options))
 whole.join()
-assert whole.exitcode == 0
 length, kills, resumed = time.time() - begin, 0, 0
 random.seed(0)
 while kills < 20:
@@ -125,16 +122,13 @@ while kills < 20:
     process.join()
 process, _ = go_on()
 process.join()
-assert process.exitcode == 0
-print("kills", kills, "of which in resumed runs", resumed, "length", length)
 assert resumed > 5
 """
 
 
 @BOTH
 def test_twenty_kills_leave_the_same_run(script, tmp_path):
-    done = run(sys.executable, "-c", KILLS.format(name=script.__name__), tmp_path, timeout=300)
-    assert "kills 20" in done.stdout, done
+    run(sys.executable, "-c", KILLS.format(name=script.__name__), tmp_path, timeout=300)
     assert same(run_dir(tmp_path / "whole"), run_dir(tmp_path / "cut"))
 
 
@@ -182,7 +176,7 @@ def test_a_shorter_run(tmp_path, interrupted, capsys):
     assert same(cut, run_dir(tmp_path / "whole"))
     before = rows(cut)
     td3.train(td3.Args(resume=str(cut)))
-    assert "nothing to do" in capsys.readouterr().out and rows(cut) == before and is_saved(cut)
+    assert "nothing to do" in capsys.readouterr().out and rows(cut) == before
 
 
 def drift(self, action):
@@ -222,18 +216,6 @@ def test_environments_that_cannot_be_brought_back_cost_an_episode(script, env_id
     assert same(cut, run_dir(tmp_path / "whole")) != lost
 
 
-def test_actions_of_an_endless_episode_are_not_kept_for_ever(monkeypatch, capsys):
-    say_once.cache_clear()
-    monkeypatch.setattr(envs, "MAX_ACTIONS", 20)
-    env, other = make_env("Count-v0", length=10**6), make_env("Count-v0", length=10**6)
-    env.reset(seed=0)
-    for _ in range(30):
-        env.step(env.action_space.sample())
-    assert env.actions == []
-    other.load_state_dict(env.state_dict())
-    assert other.ep_len == 0 and other.obs == [0.0] and "a new one begins" in capsys.readouterr().err
-
-
 def test_a_checkpoint_that_one_rank_lacks_is_not_used_and_deleted(tmp_path):
     """As if the job had been killed when rank 0 had written its part, and rank 1 had not; nor is half a file."""
     options = "--env-id Pendulum-v1 --total-steps 240 --steps-per-epoch 120 --num-envs 2 --minibatch-size 30".split()
@@ -249,18 +231,22 @@ def test_a_checkpoint_that_one_rank_lacks_is_not_used_and_deleted(tmp_path):
     assert sorted((path / "checkpoint").iterdir()) == good
 
 
-def test_a_longer_run(tmp_path):
+def test_a_longer_run(tmp_path, monkeypatch):
     """600 steps and then on to 960 are 960 steps; the replay buffer grows, and a progress.txt that was lost is there again."""
     td3.train(tiny(td3, tmp_path / "whole", total_steps=960))
     td3.train(tiny(td3, tmp_path / "cut"))
     cut = run_dir(tmp_path / "cut")
     (cut / "progress.txt").unlink()
     td3.train(td3.Args(resume=str(cut)))
-    assert is_saved(cut)
-    td3.train(td3.Args(resume=str(cut), total_steps=960))
+    assert read_config(cut)["finished"]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # before its first save
+        patch.setattr(td3.ReplayBuffer, "collect", lambda *args: 1 / 0)
+        td3.train(td3.Args(resume=str(cut), total_steps=960))
+    assert "finished" not in read_config(cut)
+    td3.train(td3.Args(resume=str(cut)))
     assert same(cut, run_dir(tmp_path / "whole"))
-    config = json.loads((cut / "config.json").read_text())
-    assert config["total_steps"] == 960 and config["resumed"] == [{name: config[name] for name in ("versions", "git_commit")}] * 2
+    config = read_config(cut)
+    assert config["total_steps"] == 960 and config["resumed"] == [{name: config[name] for name in ("versions", "git_commit")}] * 3
 
 
 @pytest.fixture
@@ -288,8 +274,7 @@ def test_broken_run_directories_are_refused_in_one_line(finished, what):
     elif what == "truncated":
         os.truncate(checkpoint, checkpoint.stat().st_size // 2)
     else:
-        config = json.loads((finished / "config.json").read_text())
-        (finished / "config.json").write_text(json.dumps(config | dict(hidden_sizes=[5])))
+        change_config(finished, hidden_sizes=[5])
     with pytest.raises(RunError, match=str(finished)) as refused:
         ppo.train(ppo.Args(resume=str(finished)))
     assert "\n" not in str(refused.value) and (what != "sizes" or "size mismatch for pi" in str(refused.value))
@@ -315,7 +300,8 @@ def test_a_run_that_is_still_going_on_is_not_resumed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("script, name", [(ppo, "progress.txt"), (ppo, "model.pt"), (td3, "2_rank0.ckpt")])
 def test_a_full_disk(script, name, tmp_path, monkeypatch, capsys):
     """Stood for by a limit on the size of files, which this one meets half-way: the one before is left, and the run goes on."""
-    script.train(tiny(script, tmp_path / "whole"))
+    options = dict(env_id="CartPole-v1") if script is ppo else {}
+    script.train(tiny(script, tmp_path / "whole", **options))
     (file,) = run_dir(tmp_path / "whole").rglob(name)
     log, (soft, hard) = Logger.log, resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -327,7 +313,7 @@ def test_a_full_disk(script, name, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(RunError) as full:
         patch.setattr(Logger, "log", fill)
         try:
-            script.train(tiny(script, tmp_path / "cut", save_freq=1))
+            script.train(tiny(script, tmp_path / "cut", save_freq=1, **options))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     cut = run_dir(tmp_path / "cut")
@@ -340,31 +326,29 @@ def test_a_full_disk(script, name, tmp_path, monkeypatch, capsys):
     assert same(cut, run_dir(tmp_path / "whole"))
 
 
+def test_a_kept_model_is_there_before_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(State, "write", lambda *args: 1 / 0)
+    with pytest.raises(RunError, match="ckpt: division by zero"):
+        ppo.train(tiny(ppo, tmp_path, keep_checkpoints=True))
+    assert (run_dir(tmp_path) / "model_0.pt").exists()
+
+
+def test_a_signal_stops_no_update_half_way(tmp_path):
+    """In which a copied script may store metrics of its own."""
+    with Logger(tiny(ppo, tmp_path), ppo.__file__) as logger, pytest.raises(Interrupted):
+        for _ in logger.epochs(1, model=nn.Linear(1, 1)):
+            logger.signals.got = [2]
+            logger.store(GradNorm=1.0)
+            stored = dict(logger.stored)
+            logger.store(TotalEnvInteracts=1)
+    assert stored == dict(GradNorm=dict(mean=[1.0]))
+
+
 def test_what_torch_may_say_of_a_full_disk(tmp_path):
     with pytest.raises(RunError, match="cannot write .*/x: unexpected pos.* the one before"), writing(tmp_path / "x") as file:
         file.write(b"half")
         raise RuntimeError("unexpected pos 64 vs 0")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("env_id", ["Pendulum-v1", "Hopper-v4", "CartPole-v1"])
-def test_environment_comes_back_to_where_it_was(env_id):
-    first, second = make_env(env_id, 40), make_env(env_id, 40)
-    first.action_space.seed(0)
-    first.reset(seed=3)
-
-    def play(env, actions):
-        """The observations that come next: of the following episode, where one ends."""
-        seen = []
-        for action in actions:
-            obs, _, terminated, truncated, _ = env.step(action)
-            seen.append(env.reset()[0] if terminated or truncated else obs)
-        return seen
-
-    actions = [first.action_space.sample() for _ in range(100)]
-    play(first, actions[:50])
-    second.load_state_dict(first.state_dict())
-    assert np.array_equal(play(first, actions[50:]), play(second, actions[50:]))
 
 
 class Pair(NamedTuple):
@@ -479,20 +463,14 @@ def test_a_checkpoint_calls_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "thing, message",
-    [
-        (dict(lock=threading.Lock()), "thing: --resume could not restore it: a lock"),
-        (dict(steps=itertools.count()), "thing: --resume could not restore it: a count"),
-        ([np.array([None])], "thing: --resume could not restore it: a ndarray"),
-        (1.0, "thing: --resume could not restore it: a float cannot change"),
-        (None, "thing: --resume could not restore it: a NoneType cannot change"),
-    ],
-    ids=["lock", "count", "objects", "float", "None"],
-)
-def test_state_that_could_not_come_back_is_refused_before_the_first_step(thing, message):
-    with pytest.raises(RunError, match=message):
-        State(dict(thing=thing), sys.modules[__name__])
+REFUSED = {"a lock": dict(lock=threading.Lock()), "a count": dict(steps=itertools.count()), "a ndarray": [np.array([None])]}
+REFUSED |= {"a float cannot change": 1.0, "a NoneType cannot change": None}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_state_that_could_not_come_back_is_refused_before_the_first_step(message):
+    with pytest.raises(RunError, match=f"thing: --resume could not restore it: {message}"):
+        State(dict(thing=REFUSED[message]), sys.modules[__name__])
 
 
 def test_the_first_round_trip_copies_no_buffer():
@@ -529,10 +507,8 @@ def test_resumed_with_other_code(tmp_path):
 
 def test_an_argument_that_the_script_got_since(finished, tmp_path):
     """It has its default in the run to resume, and is written down from now on."""
-    config = json.loads((finished / "config.json").read_text())
-    lam = config.pop("lam")
-    (finished / "config.json").write_text(json.dumps(config))
+    change_config(finished, lam=None)
     with pytest.raises(RunError, match="--lam 0.5: the run to resume has 0.95"):
         ppo.Args(resume=str(finished), lam=0.5)
-    ppo.train(ppo.Args(resume=str(finished), total_steps=config["total_steps"] + 1))
-    assert json.loads((finished / "config.json").read_text())["lam"] == lam
+    ppo.train(ppo.Args(resume=str(finished), total_steps=601))
+    assert json.loads((finished / "config.json").read_text())["lam"] == 0.95

@@ -96,20 +96,13 @@ def test_policy_that_acted_is_the_one_in_the_ratio(script, tmp_path, monkeypatch
 
 
 def test_run_directory(script, tmp_path):
-    script.train(small(script, tmp_path, total_steps=999, max_ep_len=7))
+    script.train(small(script, tmp_path, env_id="Count-v0", total_steps=999, max_ep_len=2))
     path = run_dir(tmp_path)
     assert {p.name for p in path.iterdir()} == {"checkpoint", "config.json", "model.pt", "progress.txt", f"{script.__name__}.py"}
     config = json.loads((path / "config.json").read_text())
     assert config["gamma"] == 0.99 and config["script"] == f"{script.__name__}.py" and config["ranks"] == 1
     assert [row["TotalEnvInteracts"] for row in rows(path)] == ["200", "400", "600", "800", "1000"]  # in whole epochs
-    assert all(float(row["MaxEpLen"]) <= 7 for row in rows(path))
-
-
-def test_epoch_without_an_ended_episode_is_blank(script, tmp_path):
-    script.train(small(script, tmp_path, env_id="Count-v0", exp_name="x", total_steps=8, steps_per_epoch=4, minibatch_size=4))
-    first, second = rows(tmp_path / "x/x_s0")
-    assert {first[name] for name in ("AverageEpRet", "StdEpRet", "MaxEpRet", "MinEpRet", "AverageEpLen", "MinEpLen")} == {""}
-    assert second["AverageEpRet"] == "6.0"
+    assert {(row["MaxEpRet"], row["MaxEpLen"]) for row in rows(path)} == {("3.0", "2")}
 
 
 @ALL
@@ -145,7 +138,7 @@ def test_networks_that_are_not_finite_are_not_saved(tmp_path):
     args, broken = small(ppo, tmp_path), torch.nn.Linear(1, 1)
     broken.bias.data.fill_(np.nan)
     with pytest.raises(RunError, match="parameter bias is not finite at step 0"), logger.Logger(args, ppo.__file__) as log:
-        list(log.epochs(1, ac=torch.nn.Linear(1, 1), online=broken))
+        list(log.epochs(1, model=torch.nn.Linear(1, 1), other=broken))
     assert not list(tmp_path.glob("**/model.pt"))
 
 
@@ -160,6 +153,8 @@ def test_nan_at_reset_is_caught_before_it_reaches_a_network(script, tmp_path, mo
 def test_script_and_utils_alone_are_enough(script, tmp_path):
     shutil.copy(ROOT / f"{script.__name__}.py", tmp_path / "mine.py")
     shutil.copytree(ROOT / "utils", tmp_path / "utils")
+    for name in "mpi4py", "wandb":  # are optional
+        (tmp_path / f"{name}.py").write_text("raise ImportError")
     options = "--env-id CartPole-v1 --total-steps 400 --steps-per-epoch 200 --num-envs 2 --minibatch-size 50"
     if script in OFF_POLICY:
         options = "--env-id Pendulum-v1 --total-steps 400 --steps-per-epoch 200 --update-after 300 --start-steps 100"
@@ -183,9 +178,6 @@ def test_help_explains_every_argument(script, capsys, monkeypatch):
 
 BAD_ON_POLICY = [
     (dict(env_id="HalfCheeta-v4"), ["HalfCheeta-v4", "Did you mean", "HalfCheetah"]),
-    (dict(env_id="Nonsense-v0"), ["--env-id Nonsense-v0"]),
-    (dict(env_id="a:b:c"), ["--env-id a:b:c"]),
-    (dict(env_id=":"), ["--env-id :"]),
     (dict(env_id="FrozenLake-v1"), ["Discrete(16)", "FlattenObservation"]),
     (dict(gamma=1.5), ["--gamma 1.5", "between 0 and 1"]),
     (dict(gamma=float("nan")), ["--gamma nan"]),
@@ -374,9 +366,6 @@ def test_a_commit_is_dirty_if_python_files_differ_from_it(tmp_path):
 def test_threads_are_no_more_than_the_cores_of_each_rank(monkeypatch, cores, ranks, asked, threads):
     monkeypatch.setattr(logger, "available_cores", lambda: cores)
     monkeypatch.setattr(mpi, "size", lambda: ranks)
-    before = torch.get_num_threads()
-    try:
-        set_up(ddpg.Args(torch_threads=asked))
-        assert torch.get_num_threads() == provenance(ddpg.__file__)["threads"] == threads
-    finally:
-        torch.set_num_threads(before)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: monkeypatch.setattr(torch, "get_num_threads", lambda: n))
+    set_up(ddpg.Args(torch_threads=asked))
+    assert torch.get_num_threads() == provenance(ddpg.__file__)["threads"] == threads

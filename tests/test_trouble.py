@@ -8,13 +8,12 @@ import subprocess
 import sys
 import time
 
-import gymnasium as gym
 import numpy as np
 import pytest
 from conftest import ALL, BOTH, ON_POLICY, ROOT, Count, register, rows, run, small, wait_until
 
 import ppo
-import td3
+from utils import process
 from utils.args import cli
 from utils.check import check
 from utils.process import RunError
@@ -47,12 +46,17 @@ def test_a_signal_leaves_a_checkpoint(script, options, signum, tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signum and "Traceback" not in err, err
     assert f"{signum.name}: writing a checkpoint" in out and f"--resume {tmp_path}/x/x_s0" in out.splitlines()[-1]
-    before = len(rows(tmp_path / "x/x_s0"))
     assert [path.name for path in (tmp_path / "x/x_s0/checkpoint").iterdir()] == ["2_rank0.ckpt"]  # the first is of epoch 0
-    module = {"ppo.py": ppo, "td3.py": td3}[script]
-    args = module.Args(resume=str(tmp_path / "x/x_s0"))
-    module.train(module.Args(resume=str(tmp_path / "x/x_s0"), total_steps=(before + 2) * args.steps_per_epoch))
-    assert len(rows(tmp_path / "x/x_s0")) == before + 2
+
+
+def test_a_signal_in_the_middle_of_a_print_is_heard(monkeypatch):
+    def say(text):
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+
+    monkeypatch.setattr(process, "say", say)
+    signals = process.Signals()
+    signals._note(signal.SIGTERM, None)
+    assert signals.got == [signal.SIGTERM]
 
 
 def test_the_second_signal_ends_at_once(tmp_path):
@@ -160,10 +164,6 @@ if MPI.COMM_WORLD.Get_rank() == 1:
 
 
 def test_the_id_that_was_made_is_recorded(tmp_path, capsys):
-    args = ppo.Args(env_id="InvertedPendulum")
-    check(args)
-    newest = max(int(name.rpartition("v")[2]) for name in gym.registry if name.startswith("InvertedPendulum-v"))
-    assert args.env_id == f"InvertedPendulum-v{newest}"
     args = ppo.Args(env_id="conftest:Count")
     check(args)
     assert args.env_id == "conftest:Count-v0"

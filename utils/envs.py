@@ -10,7 +10,6 @@ import numpy as np
 from utils.process import RunError, say
 from utils.state import state_functions
 
-MAX_ACTIONS = 100_000  # that are kept of an episode; a longer one begins anew with --resume
 say_once = functools.cache(say)
 
 
@@ -35,10 +34,7 @@ class Episodes(gym.Wrapper):
         return self.obs, info
 
     def step(self, action):
-        if self.ep_len < MAX_ACTIONS:
-            self.actions.append(np.copy(action))
-        else:
-            self.actions.clear()
+        self.actions.append(np.copy(action))
         obs, rew, terminated, truncated, info = self.env.step(action)
         rew = float(rew) if isinstance(rew, float) else float(np.asarray(rew).item())  # of one element, whatever its type
         terminated = terminated if isinstance(terminated, bool) else bool(np.asarray(terminated).item())

@@ -74,6 +74,7 @@ def load_policy(run_dir, itr=None, render_mode=None):
     weights = _read_weights(run_dir, itr)
     paths = (ROOT / name, *ROOT.glob(f"*/{name}"), *ROOT.glob(f"*/*/{name}"))  # the last is a study's
     paths = (path for path in paths if path.is_file() and not (path.parent / "config.json").exists())
+    paths = (path for path in paths if not path.resolve().is_relative_to(run_dir.resolve()))
     paths = paths if PureWindowsPath(name).name == name and name.endswith(".py") else ()
     path = min(paths, key=lambda path: not same_code(run_dir, path), default=None)  # where two have its name, the run's
     if path is None:

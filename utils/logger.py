@@ -2,7 +2,7 @@
 
 seeds = set_up(args)
 with Logger(args, __file__) as logger:
-    for epoch in logger.epochs(100, ac=ac, optimizer=optimizer, buffer=buffer):
+    for epoch in logger.epochs(100, model=ac, optimizer=optimizer, buffer=buffer):
         logger.log(Epoch=epoch, EpRet=[12.0, 15.5], LossPi=-0.01, TotalEnvInteracts=2000)
 """
 
@@ -38,8 +38,8 @@ def set_up(args):
 class Logger:
     """Writes a run. Only rank 0 writes, but for the checkpoints, of which each rank has its own. `dir` is the run directory.
 
-    Ctrl-C, SIGTERM and SIGHUP stop the run with a checkpoint at the next call of `store` or at the end of the epoch; the same
-    signal again stops it at once.
+    Ctrl-C, SIGTERM and SIGHUP stop the run with a checkpoint when `store` gets TotalEnvInteracts or at the end of the epoch; the
+    same signal again stops it at once.
     """
 
     def __init__(self, args, script):
@@ -49,18 +49,19 @@ class Logger:
         in_folder = path.parent != root and path.is_relative_to(root)  # where only -m finds utils
         name = ["-m", ".".join(path.relative_to(root).with_suffix("").parts)] if in_folder else [os.path.relpath(script)]
         self.command = ["mpirun", "-n", str(mpi.size())] * (mpi.size() > 1) + ["python", *name]
-        self.dir, self.stored, self.display, self.ac = self.run.path, {}, None, None
+        self.dir, self.stored, self.display = self.run.path, {}, None
         self.signals, self.epoch, self.last_steps = Signals(), 0, 0
         self.start = self.last_time = time.monotonic()
 
-    def epochs(self, count, **state):
+    def epochs(self, count, model, **state):
         """Yield the numbers of the epochs to do: 0 to count - 1, or from where the run to resume was left.
 
-        `state` is all that changes in the course of the run, as utils.state.State describes it. It is restored before the first
-        epoch, and saved every `save_freq` epochs and after the last one; `ac` is the module that model.pt holds.
+        `model`, the module whose weights model.pt holds, and `state` are all that changes in the course of the run, as
+        utils.state.State describes it. They are restored before the first epoch, and saved every `save_freq` epochs and after
+        the last one.
         """
-        self.ac, self.state = state["ac"], State(state, sys.modules[type(self.args).__module__])
-        self.modules = [x for x in state.values() if isinstance(x, torch.nn.Module)]
+        self.model, self.state = model, State(dict(model=model, **state), sys.modules[type(self.args).__module__])
+        self.modules = [x for x in (model, *state.values()) if isinstance(x, torch.nn.Module)]
         if self.args.resume is not None:
             info = self.run.restore(self.state)
             if info["epoch"] + bool(info["stored"]) > count:
@@ -81,14 +82,13 @@ class Logger:
             self.epoch += 1
             regular = (self.epoch - 1) % self.args.save_freq == 0 or self.epoch == count
             if regular:
-                self.save()
-                if self.args.keep_checkpoints and mpi.rank() == 0:
-                    self.run.write(f"model_{self.epoch - 1}.pt", (self.dir / "model.pt").read_bytes())
+                self.save(keep=self.args.keep_checkpoints)
             if self.epoch < count:
                 self.stop_if_told(save=not regular)
 
     def store(self, **metrics):
-        """Keep metrics for the next row: lists are joined, of an int the last counts, of other numbers the mean."""
+        """Keep metrics for the next row: lists are joined, of an int the last counts, of other numbers the mean. With
+        TotalEnvInteracts it is collective over the ranks: a signal may stop the run there."""
         for name, value in metrics.items():
             if isinstance(value, list):
                 self.stored.setdefault(name, []).extend(value)
@@ -96,9 +96,9 @@ class Logger:
                 self.stored[name] = int(value)
             else:
                 self.stored.setdefault(name, dict(mean=[]))["mean"].append(float(value))
-        if self.display and "TotalEnvInteracts" in metrics:
-            self.display.update(metrics["TotalEnvInteracts"])
-        if self.ac:
+        if "TotalEnvInteracts" in metrics:
+            if self.display:
+                self.display.update(metrics["TotalEnvInteracts"])
             self.stop_if_told()
 
     def log(self, **metrics):
@@ -132,16 +132,16 @@ class Logger:
             self.run.write_row(row)
             self.display.update(steps, row)
 
-    def save(self):
-        """Write model.pt and the checkpoint; collective over the ranks. Raises RunError if a weight is not finite, if the
-        ranks' weights differ, or if a file cannot be written: the one before is left as it was."""
+    def save(self, keep=False):
+        """Write model.pt, if `keep` a copy model_<epoch>.pt too, and the checkpoint; collective over the ranks. Raises RunError if
+        a weight is not finite, if the ranks' weights differ, or if a file cannot be written: the one before is left as it was."""
         mpi.check_equal(*self.modules)
         for name, tensor in (item for module in self.modules for item in module.state_dict().items()):
             if not torch.isfinite(tensor).all():
                 raise RunError(f"parameter {name} is not finite at step {self.last_steps:,}; model.pt is left as it was")
         now = time.monotonic()
-        info = dict(epoch=self.epoch, last_steps=self.last_steps, stored=self.stored)
-        self.run.save(self.ac, self.state, info | dict(elapsed=now - self.start, since_row=now - self.last_time))
+        info = dict(epoch=self.epoch, last_steps=self.last_steps, stored=self.stored, total_steps=self.args.total_steps)
+        self.run.save(self.model, keep, self.state, info | dict(elapsed=now - self.start, since_row=now - self.last_time))
 
     def stop_if_told(self, save=True):
         """Stop the run, on all ranks, if one has got a signal."""

@@ -3,6 +3,7 @@
 mpi4py is imported only under a launcher, so a plain `python ppo.py` needs no MPI at all.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -111,7 +112,8 @@ class Signals:
             raise SystemExit(128 + signum)
         self.got, self.last = [*self.got, int(signum)], time.monotonic()
         if not (comm and comm.Get_rank()):
-            say(f"{signal.Signals(signum).name}: writing a checkpoint as soon as possible (again: stop at once, without one)")
+            with contextlib.suppress(RuntimeError):  # it came in the middle of another print
+                say(f"{signal.Signals(signum).name}: writing a checkpoint as soon as possible (again: stop at once, without one)")
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():

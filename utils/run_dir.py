@@ -113,7 +113,7 @@ class RunDir:
             return
         self.path = pathlib.Path(args.resume)
         self.config = dataclasses.asdict(args) | read_config(self.path)
-        self.longer = args.total_steps > self.config["total_steps"]
+        self.config.pop("finished", None)
         if self.config.get("ranks") != mpi.size():
             raise RunError(f"--resume {self.path}: the run has {self.config.get('ranks')} ranks, not {mpi.size()}")
         again = {name: now[name] for name in ("versions", "git_commit")}
@@ -130,15 +130,12 @@ class RunDir:
         if self.args.track:
             self.tracker = Tracker(self.args, self.config, self.path)
             self.config["wandb_id"] = self.tracker.run.id
-        self.write("config.json", (json.dumps(self.config, indent=2) + "\n").encode())
+        self._write_config()
         if self.args.resume is None:
             self.write(self.script.name, self.code)
             return
-        table, path = self._table(self.columns, self.rows), self.path / "progress.txt"
-        if self.rows and (not path.exists() or path.read_bytes() != table):  # rows after the checkpoint will come again
-            self.write("progress.txt", table)
-            with contextlib.suppress(OSError):
-                os.utime(self.path / "model.pt")  # it belongs to these rows; by the dates a sweep knows that a run is saved
+        if self.rows:  # those after the checkpoint will come again
+            self.write("progress.txt", self._table(self.columns, self.rows))
 
     def _lock(self):
         """Keep other processes from resuming this run; the lock ends with `close` or with the process."""
@@ -155,6 +152,9 @@ class RunDir:
     def write(self, name, data):
         with writing(self.path / name) as file:
             file.write(data)
+
+    def _write_config(self):
+        self.write("config.json", (json.dumps(self.config, indent=2) + "\n").encode())
 
     def _table(self, columns, rows):
         lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
@@ -175,11 +175,14 @@ class RunDir:
         if self.tracker:
             self.tracker("log", {name: x for name, x in row.items() if x != ""}, step=row["TotalEnvInteracts"])
 
-    def save(self, module, state, info):
-        """Write the module's weights to model.pt, and the State and `info` to this rank's checkpoint."""
+    def save(self, module, keep, state, info):
+        """Write the module's weights to model.pt, if `keep` to model_<epoch>.pt too, and then the State and `info` to this rank's
+        checkpoint."""
         if mpi.rank() == 0:
             with writing(self.path / "model.pt") as file:
                 torch.save({name: tensor.cpu() for name, tensor in module.state_dict().items()}, file)
+            if keep:
+                self.write(f"model_{info['epoch'] - 1}.pt", (self.path / "model.pt").read_bytes())
         info = info | dict(rows=(self.columns, self.rows), random=[get() for get, _ in GENERATORS])
         with writing(self.path / f"checkpoint/{self.saves + 1}_rank{mpi.rank()}.ckpt") as file:
             state.write(file, info)
@@ -206,7 +209,7 @@ class RunDir:
         path = folder / f"{self.saves}_rank{mpi.rank()}.ckpt"
         try:
             with open(path, "rb") as file:
-                info = state.read(file, self.longer)
+                info = state.read(file, self.args.total_steps)
                 self.columns, self.rows = info["rows"]
         except Exception as error:  # whatever a broken or foreign file brings about
             raise RunError(f"--resume {self.path}: cannot use {path}: {one_line(error)}; start a new run") from error
@@ -217,7 +220,11 @@ class RunDir:
         return info
 
     def close(self, failed):
-        """End the W&B run and the lock; remove the directory of a new run that has failed before its first row."""
+        """Note that the run is finished, unless it has failed; end the W&B run and the lock; remove the directory of a new run
+        that has failed before its first row."""
+        if not failed and mpi.rank() == 0:
+            self.config["finished"] = True
+            self._write_config()
         if self.tracker:
             self.tracker("save", str(self.path / "model.pt"), str(self.path), "now")
             self.tracker("save", str(self.path / self.script.name), str(self.path), "now")

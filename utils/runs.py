@@ -14,7 +14,7 @@ from utils.args import RunArgs
 from utils.process import RunError, one_line
 
 ASIDE = {field.name for field in fields(RunArgs)}  # with the next lines, what may differ between the runs of an experiment
-ASIDE |= {"seed", "command", "threads", "versions", "git_commit", "resumed", "wandb_id"}
+ASIDE |= {"seed", "command", "threads", "versions", "git_commit", "resumed", "wandb_id", "finished"}
 ASIDE |= {"fast_matmul", "wandb_video", "logger", "logger_kwargs"}  # of older runs, and of Spinning Up's
 KEPT = dict(steps="TotalEnvInteracts", ret="AverageEpRet", steps_per_sec="StepsPerSec")  # columns of benchmark/results/*.csv
 

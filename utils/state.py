@@ -75,10 +75,11 @@ class State:
         Writer(file, self).dump((self.plan, info))
         Writer(file, self).dump([*self.things.values()])
 
-    def read(self, file, longer=False):
-        """Read what `write` has written; returns `info`. `longer`: an array that is longer now, as in a run that was given
-        more steps, keeps its length."""
+    def read(self, file, total_steps=0):
+        """Read what `write` has written; returns `info`. An array that is longer now keeps its length if the run has got more
+        steps: if `total_steps` is above that of `info`."""
         plan, info = Reader(file, self).load()
+        longer = total_steps > info.get("total_steps", total_steps)
         if plan != self.plan:
             raise ValueError("the script keeps other things in its state now")
         for thing, saved in zip(self.things.values(), Reader(file, self, longer).load(), strict=True):
