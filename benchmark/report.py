@@ -47,7 +47,7 @@ class Cell:
 
     def __post_init__(self):
         if self.experiment:
-            self.curves, training = self.experiment.tests(), self.experiment.curves(window=1).mean(axis=1)
+            self.curves = self.experiment.tests()
             self.mean, self.seeds = self.curves.mean(axis=1), self.curves.shape[1]
             five = self.curves.rolling(min(5, len(self.curves))).mean()
             self.point, self.std = self.mean.max(), self.curves.loc[self.mean.idxmax()].std(ddof=0)
@@ -55,9 +55,9 @@ class Cell:
             points = self.curves if self.seeds > 2 else five  # a single point of one or two seeds holds too much noise
             self.at_best = points.loc[points.mean(axis=1).idxmax()].to_numpy()  # (seeds,)
             self.best = self.at_best.mean()
-            finals, trained = self.curves[self.curves.index > 0.9 * self.curves.index[-1]].mean(), self.curves.iloc[-1]
-            self.final, self.final_std = finals.mean(), finals.std(ddof=0)
-            self.training = training[training.index > 0.9 * training.index[-1]].mean()
+            both, trained = (self.curves, self.experiment.curves(window=1)), self.curves.iloc[-1]
+            finals, training = (curves[curves.index > 0.9 * curves.index[-1]].mean() for curves in both)  # (seeds,)
+            self.final, self.final_std, self.training = finals.mean(), finals.std(ddof=0), training.mean()
             self.trained, self.trained_std = trained.mean(), trained.std(ddof=0)
             self.ratio = self.best / self.published
 
