@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import tyro
-from conftest import OFF_POLICY, ON_POLICY, ROOT, rows, run, small
+from conftest import OFF_POLICY, ON_POLICY, ROOT, rows, run, run_dir, small
 from tyro.conf import FlagCreatePairsOff
 
 import ppo
@@ -160,28 +160,15 @@ def test_the_values_of_a_trained_run_can_be_had(tmp_path, monkeypatch):
     assert found["v"].shape == () and found["q1"].shape == found["q2"].shape == (1,)
 
 
-def documented():
-    """From a column of progress.txt to the files that write it, by docs/metrics.md: headings above the files in italics."""
-    text = (ROOT / "docs/metrics.md").read_text()
-    return {name: set(files.split(", ")) for name, files in re.findall(r"^### `(\w+)`\n\*([a-z0-9, ]+)\.\*", text, re.M)}
-
-
-def written(tmp_path):
-    """From a column of progress.txt to the files that write it, by a run of each. Average, Std, Max and Min are one."""
-    found = {}
-    for script in ON_POLICY + OFF_POLICY:
-        args = small(script, tmp_path, exp_name=script.__name__)
-        script.train(args)
-        columns = list(rows(tmp_path / script.__name__ / f"{script.__name__}_s0", without=())[0])
-        for column in columns:
-            four = re.fullmatch("(Average|Std|Max|Min)(.+)", column)
-            name = four[2] if four and f"Average{four[2]}" in columns else column
-            found.setdefault(name, set()).add(script.__name__)
-    return found
-
-
 def test_every_column_is_explained(tmp_path):
-    assert documented() == written(tmp_path)
+    """By docs/metrics.md, in headings above the files in italics. Average, Std, Max and Min are one."""
+    text, written = (ROOT / "docs/metrics.md").read_text(), {}
+    for script in ON_POLICY + OFF_POLICY:
+        script.train(small(script, tmp_path / script.__name__))
+        for column in rows(run_dir(tmp_path / script.__name__), without=())[0]:
+            written.setdefault(re.sub("^(Average|Std|Max|Min)", "", column), set()).add(script.__name__)
+    documented = re.findall(r"^### `(\w+)`\n\*([a-z0-9, ]+)\.\*", text, re.M)
+    assert {name: set(files.split(", ")) for name, files in documented} == written
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,10 @@ from utils.optim import Adam
 GAMMA, LAM = 0.9, 0.8
 
 
-def make(script, env_id, num_envs, num_steps, max_ep_len=None, **changes):
+def make(script, env_id, num_envs, num_steps, **changes):
     torch.manual_seed(0)
     args = small(script, "unused", gamma=GAMMA, lam=LAM, norm_obs=False, **changes)
-    envs = [make_env(env_id, max_ep_len) for _ in range(num_envs)]
+    envs = [make_env(env_id) for _ in range(num_envs)]
     ac = script.ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     buffer = script.Buffer(envs, num_steps, np.random.default_rng(0))
     return args, ac, buffer
@@ -52,17 +52,6 @@ def test_terminated(script):
     assert ret.squeeze(-1).tolist() == pytest.approx(expected + [0, 10, 20], abs=1e-4)
     assert adv.squeeze(-1).tolist() == pytest.approx((expected - expected.mean()) / expected.std(), abs=1e-4)
     assert buffer.terminated.ravel().tolist() == [0, 0, 1]
-
-
-def test_truncated(script):
-    """A limit of 2 steps: the last one bootstraps with the observation 2 that it saw, not with the 0 after the reset."""
-    args, ac, buffer = make(script, "Count-v0", 1, 4, max_ep_len=2)
-    buffer.collect(ac)
-    _, ret = returns(script, args, ac, buffer.batch(ac))
-    # delta = (1 + 9 - 0, 2 + 18 - 10) = (10, 10), twice
-    assert ret.squeeze(-1).tolist() == pytest.approx([10 + 0.72 * 10, 10 + 10] * 2, abs=1e-4)
-    assert buffer.terminated.sum() == 0 and buffer.done.ravel().tolist() == [0, 1, 0, 1]
-    assert buffer.next_obs.ravel().tolist() == [1, 2, 1, 2]
 
 
 def test_cut_by_the_end_of_the_batch(script):
@@ -99,30 +88,14 @@ def test_first_episodes_end_at_different_times(script, monkeypatch):
     assert sorted(buffer.collect(ac)[1]) == [2, 4, 6] + [8] * 9
     assert [(np.flatnonzero(done) + 1).tolist() for done in buffer.done.T] == [[2, 10, 18], [4, 12, 20], [6, 14, 22], [8, 16, 24]]
     assert buffer.terminated.sum() == 0
-    assert [buffer.next_obs[n - 1, i, 0] for i, n in enumerate([2, 4, 6, 8])] == [2, 4, 6, 8]  # what came, before the reset
+    seen = buffer.next_obs[..., 0].T[buffer.done.T == 1]  # not what the reset showed
+    assert seen.tolist() == [2, 8, 8, 4, 8, 8, 6, 8, 8, 8, 8, 8]
     _, ret = returns(script, args, ac, buffer.batch(ac))
-    assert ret[1, 0].item() == pytest.approx(2 + GAMMA * 10 * 2, abs=1e-4)
+    assert ret[[1, 9], 0].tolist() == pytest.approx([2 + GAMMA * 20, 8 + GAMMA * 80], abs=1e-4)
     monkeypatch.setattr(mpi, "size", lambda: 2)
     monkeypatch.setattr(mpi, "rank", lambda: 1)  # with the other half of 8
     script.Buffer(envs, 24, np.random.default_rng(0))
     assert [env.cut for env in envs] == [5, 6, 7, 8]
-
-
-def test_gae_is_the_double_sum(script):
-    generator = torch.Generator().manual_seed(0)
-    rew, val, next_val = (torch.randn(30, 4, generator=generator) for _ in range(3))
-    terminated = (torch.rand(30, 4, generator=generator) < 0.1).float()
-    done = torch.maximum(terminated, (torch.rand(30, 4, generator=generator) < 0.1).float())
-    adv = script.gae(rew, val, next_val, terminated, done, GAMMA, LAM)
-    for n in range(4):
-        for t in range(30):
-            total = 0.0
-            for k in range(t, 30):
-                delta = rew[k, n] + GAMMA * next_val[k, n] * (1 - terminated[k, n]) - val[k, n]
-                total += (GAMMA * LAM) ** (k - t) * delta.item()
-                if done[k, n]:
-                    break
-            assert adv[t, n].item() == pytest.approx(total, abs=1e-4)
 
 
 def test_actions_use_each_dimensions_own_bounds(script):
@@ -146,25 +119,15 @@ def test_discrete_actions_begin_at_start(script):
     assert torch.allclose(buffer.batch(ac).logp, expected, atol=1e-6)
 
 
-def as_distribution(pi):
-    """A policy's distribution as PyTorch knows it."""
-    return Independent(Normal(pi.mean, pi.std), 1)
-
-
 def exact_kl(p, q):
-    return kl_divergence(as_distribution(p), as_distribution(q)).mean()
+    return kl_divergence(*(Independent(Normal(pi.mean, pi.std), 1) for pi in (p, q))).mean()
 
 
-def test_gaussian_is_that_of_torch_distributions(script):
+def test_samples_of_the_gaussian(script):
     torch.manual_seed(0)
     p = script.Gaussian(torch.randn(5, 4, 3), torch.tensor([0.1, 1.0, 3.0]))
-    exact, act = as_distribution(p), torch.randn(5, 4, 3)
-    assert torch.allclose(p.log_prob(act), exact.log_prob(act), rtol=1e-5)
-    assert torch.allclose(p.entropy(), exact.entropy()) and p.entropy().shape == (5, 4)
-    assert torch.equal(p.mode, exact.mode)
-    torch.manual_seed(1)
     samples = torch.stack([p.sample() for _ in range(4000)])
-    assert torch.allclose(samples.mean(0), p.mean, atol=0.3) and torch.allclose(samples.std(0), exact.stddev, rtol=0.1)
+    assert torch.allclose(samples.mean(0), p.mean, atol=0.3) and torch.allclose(samples.std(0), p.std, rtol=0.1)
 
 
 def test_adam_is_pytorchs():
@@ -306,16 +269,6 @@ def test_diagnosis(script):
         assert got["ClipFrac"] == pytest.approx(((ratio < 0.8) | (ratio > 1.2)).float().mean().item())
 
 
-def test_ranks_share_a_minibatch(script, monkeypatch):
-    args, ac, buffer = make(script, "Count-v0", 2, 6, minibatch_size=12)
-    buffer.collect(ac)
-    sizes, value_loss = [], script.value_loss
-    monkeypatch.setattr(script, "value_loss", lambda val, ret: sizes.append(val.shape) or value_loss(val, ret))
-    monkeypatch.setattr(mpi, "size", lambda: 2)
-    script.update(ac, torch.optim.SGD(ac.parameters(), 0.0), buffer.batch(ac), args)
-    assert set(sizes[:-1]) == {(6,)}  # the last call belongs to the diagnosis
-
-
 @ALL
 def test_all_environments_of_all_ranks_start_differently(script, monkeypatch):
     now = []
@@ -354,59 +307,28 @@ def test_ppo_stops_after_the_pass_that_went_too_far(target_kl, kl, passes, monke
     assert not torch.equal(before, ac.pi.net[0].weight)
 
 
-def test_vpg_takes_one_policy_step_and_no_value_step_without_passes():
-    args, ac, buffer = make(vpg, "CartPole-v1", 2, 100, train_v_iters=0)
-    buffer.collect(ac)
-    critic, actor = ac.v.net[0].weight.clone(), ac.pi.net[0].weight.clone()
-    vpg.update(ac, torch.optim.Adam(ac.parameters(), 1e-3), buffer.batch(ac), args)
-    assert torch.equal(critic, ac.v.net[0].weight)
-    assert (ac.pi.net[0].weight - actor).abs().max().item() == pytest.approx(1e-3, rel=1e-2)  # Adam's first step is lr
-
-
 def trpo_parts(**changes):
     args, ac, buffer = make(trpo, "Count-v0", 4, 50, hidden_sizes=(5,), **changes)
     with torch.no_grad():
         for p in ac.pi.parameters():
             p.add_(0.3 * torch.randn_like(p))  # away from the small first weights
     buffer.collect(ac)
-    return args, ac, buffer.batch(ac), list(ac.pi.parameters())
-
-
-def test_trpo_fisher_vector_product_is_autograds_hessian():
-    _, ac, batch, params = trpo_parts()
-    names = [name for name, _ in ac.pi.named_parameters()]
-    with torch.no_grad():
-        pi_old = ac.pi(batch.obs)
-    sizes = [p.numel() for p in params]
-
-    def kl_of(theta):
-        parts = {n: part.view_as(p) for n, part, p in zip(names, theta.split(sizes), params, strict=True)}
-        return exact_kl(pi_old, torch.func.functional_call(ac.pi, parts, batch.obs))
-
-    theta = torch.cat([p.detach().flatten() for p in params])
-    hessian = torch.autograd.functional.hessian(kl_of, theta)
-    product = trpo.fisher_vector_product(exact_kl(pi_old, ac.pi(batch.obs)), params, 0.1)
-    v = torch.randn_like(theta)
-    assert torch.allclose(product(v), hessian @ v + 0.1 * v, atol=1e-5)
+    batch = buffer.batch(ac)
+    pi_old = trpo.Gaussian(*(x.detach() for x in ac.pi(batch.obs)))
+    return args, ac, batch, list(ac.pi.parameters()), torch.randn_like(batch.rew), pi_old
 
 
 def test_trpo_conjugate_gradient_solves_the_system():
     torch.manual_seed(0)
     root = torch.randn(20, 20, dtype=torch.float64)
     matrix, b = root @ root.T + torch.eye(20), torch.randn(20, dtype=torch.float64)
-    x = trpo.conjugate_gradient(lambda v: matrix @ v, b, 40)
-    assert torch.allclose(x, torch.linalg.solve(matrix, b), atol=1e-6)
-    assert trpo.conjugate_gradient(lambda v: matrix @ v, torch.zeros(20), 10).tolist() == [0] * 20
-    x = trpo.conjugate_gradient(lambda v: matrix @ v, 1e-4 * b, 60)  # of small gradients too
+    x = trpo.conjugate_gradient(lambda v: matrix @ v, 1e-4 * b, 60)  # gradients may be small
     assert torch.allclose(x, torch.linalg.solve(matrix, 1e-4 * b), rtol=1e-3, atol=1e-9)
 
 
 def test_trpo_natural_step_goes_along_the_natural_gradient_and_has_length_delta():
     """npg's step is along (H + damping I)^-1 g, g the ascent direction, and its KL is delta to second order."""
-    args, ac, batch, params = trpo_parts(algo="npg", delta=1e-5, damping_coeff=1e-3, cg_iters=100)
-    adv = torch.randn_like(batch.rew)
-    with torch.no_grad():
-        pi_old = ac.pi(batch.obs)
+    args, ac, batch, params, adv, pi_old = trpo_parts(algo="npg", delta=1e-5, damping_coeff=1e-3, cg_iters=100)
     old = torch.cat([p.detach().flatten() for p in params])
     kl = exact_kl(pi_old, ac.pi(batch.obs))
     product = trpo.fisher_vector_product(kl, params, args.damping_coeff)
@@ -422,11 +344,8 @@ def test_trpo_natural_step_goes_along_the_natural_gradient_and_has_length_delta(
 @pytest.mark.parametrize("delta, backtracks", [(1e-3, 0), (0.05, 0), (3.0, None)])
 def test_trpo_line_search_keeps_the_promise(delta, backtracks):
     """With a small delta the first step holds; with a large one the quadratic model is wrong and steps are shortened."""
-    args, ac, batch, params = trpo_parts(delta=delta, damping_coeff=1e-3, backtrack_iters=50)
-    adv = torch.randn_like(batch.rew)
-    with torch.no_grad():
-        pi_old = ac.pi(batch.obs)
-        before = trpo.policy_loss(batch.logp, batch.logp, adv)
+    args, ac, batch, _, adv, pi_old = trpo_parts(delta=delta, damping_coeff=1e-3, backtrack_iters=50)
+    before = trpo.policy_loss(batch.logp, batch.logp, adv)
     kl, j = trpo.update_policy(ac, batch, adv, args)
     assert j == backtracks if backtracks is not None else 0 < j < 50
     with torch.no_grad():
@@ -437,8 +356,7 @@ def test_trpo_line_search_keeps_the_promise(delta, backtracks):
 
 def test_trpo_line_search_refuses_a_step_of_too_much_kl(monkeypatch):
     """A conjugate gradient that answers 10 times too long does not matter: only the KL limit shortens the step."""
-    args, ac, batch, params = trpo_parts(backtrack_iters=50)
-    adv = torch.randn_like(batch.rew)
+    args, ac, batch, _, adv, _ = trpo_parts(backtrack_iters=50)
     monkeypatch.setattr(torch, "sqrt", lambda x, sqrt=torch.sqrt: 10 * sqrt(x))
     kl, j = trpo.update_policy(ac, batch, adv, args)
     assert 0 < j < 50 and kl <= args.delta
@@ -447,7 +365,7 @@ def test_trpo_line_search_refuses_a_step_of_too_much_kl(monkeypatch):
 
 
 def test_trpo_line_search_restores_the_parameters_when_nothing_helps():
-    args, ac, batch, params = trpo_parts()
+    args, ac, batch, params, *_ = trpo_parts()
     before = [p.clone() for p in params]
     assert trpo.update_policy(ac, batch, torch.zeros_like(batch.rew), args) == (0, args.backtrack_iters)
     assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
