@@ -5,7 +5,7 @@
     adv  =  generalized advantage estimates (GAE), arXiv:1506.02438; in L_pi normalised to mean 0 and standard deviation 1
 
 Beyond the paper, after arXiv:2006.05990: normalised observations and value targets, small initial means of the actions,
-advantages computed anew for each pass over the batch, learning rates that fall to 0. Our own: a small one for the deviations.
+advantages computed anew for each pass over the batch, learning rates that fall to 0. Our own: a small rate of the deviations.
 
     python ppo.py --env-id Walker2d-v4
     mpirun -n 4 python ppo.py --env-id Walker2d-v4
@@ -319,7 +319,7 @@ def update(ac, optimizer, batch, args):
     ac.ret_stats.update(ret)
     for i in range(args.train_iters):
         if i > 0:
-            adv, ret = advantages(ac, batch, args)  # anew for each pass, as the critic has changed
+            adv, ret = advantages(ac, batch, args)  # anew for each pass, as the critic and its units have changed
         data = (batch.obs, batch.act, batch.logp, adv, ac.ret_stats.normalise(ret))
         for obs, act, logp_old, mb_adv, mb_ret in minibatches(args.minibatch_size // mpi.size(), *data):
             loss_pi = policy_loss(ac.pi(obs).log_prob(act), logp_old, mb_adv, args.clip_ratio)

@@ -244,8 +244,8 @@ def test(ac, env, num_episodes):
 
 
 def train(args):
-    """Train as `args` (an Args) says and return the targets' ActorCritic, whose weights average the latest ones: it is tested and
-    saved, too. Raises RunError for what cannot work."""
+    """Train as `args` (an Args) says and return the targets' ActorCritic, whose weights average the latest ones: this one is tested
+    and saved. Raises RunError for what cannot work."""
     seeds = set_up(args)
     ranks = mpi.size()
     num_envs = max(args.num_envs, ranks)  # one for each rank at least

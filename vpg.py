@@ -319,7 +319,7 @@ def update(ac, optimizer, batch, args):
     optimizer.step()
     for i in range(args.train_v_iters):
         if i > 0:
-            _, ret = advantages(ac, batch, args)  # anew for each pass, as the critic has changed
+            _, ret = advantages(ac, batch, args)  # anew for each pass, as the critic and its units have changed
         for obs, mb_ret in minibatches(args.minibatch_size // mpi.size(), batch.obs, ac.ret_stats.normalise(ret)):
             loss_v = value_loss(ac.v(obs), mb_ret)
             optimizer.zero_grad()  # to None, so that the step leaves the actor alone

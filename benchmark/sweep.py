@@ -177,7 +177,7 @@ def use_earlier_attempts(run, script, launcher, ranks):
     resumable = [p for p in steps if all(any((p / "checkpoint").glob(f"*_rank{rank}.ckpt")) for rank in range(ranks))]
     # a run that was killed after its last row and before its last save has a checkpoint to go on with
     done = [path for path in steps if steps[path] >= run.args.total_steps]
-    finished = [path for path in done if path not in resumable or read_config(path).get("finished")]
+    finished = [path for path in done if path not in resumable or read_config(path).get("finished", True)]
     if finished:
         run.run_dir, run.returncode = max(finished, key=steps.get), 0
     elif resumable:

@@ -26,6 +26,7 @@ from benchmark.mujoco import Args as BenchmarkArgs
 from benchmark.mujoco import STUDIES, planned
 from benchmark.report import Args, differences, interquartile_mean, interval, load_cells, main, ratio, study, summary_table, write
 from benchmark.studies import ppo_without
+from utils.envs import check_finite
 from utils.evaluate import load_policy, play
 from utils.process import RunError
 
@@ -205,10 +206,12 @@ def test_a_ratio_is_rounded_down():
     assert [ratio(SimpleNamespace(published=1.0, ratio=x)) for x in (0.996, 1.0, 1.019)] == ["**0.99**", "1.00", "1.01"]
 
 
-def test_a_policy_that_cannot_be_tested_ends_nothing(tmp_path, capsys):
+def test_a_policy_that_cannot_be_tested_ends_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mujoco, "load_policy", lambda *args: (gym.make("CartPole-v1"), None))
+    monkeypatch.setattr(mujoco, "play", lambda *args, **options: check_finite(0, reward=np.nan))
     run = SimpleNamespace(rows=pd.DataFrame(dict(ret=[1.0])))
     mujoco.test(run, tmp_path)
-    assert "test_ret" not in run.rows and "not tested, " in capsys.readouterr().err
+    assert "test_ret" not in run.rows and "not tested, reward is not finite" in capsys.readouterr().err
 
 
 def test_the_report(results, capsys):

@@ -203,7 +203,7 @@ def test_nothing_of_the_run_directory_is_executed(ppo_run, monkeypatch):
     """Neither as the script nor as the module that Gymnasium imports for an environment."""
     trap = ppo_run / "executed"
     (ppo_run / "evil.py").write_text(f"open({str(trap)!r}, 'w')")
-    for name in (str(ppo_run / "evil.py"), "../evil.py", "utils/mpi.py", "..\\evil.py", "evil.py", "", ".py"):
+    for name in (str(ppo_run / "evil.py"), "../evil.py", "utils/mpi.py", "..\\evil.py", "evil.py", "", ".py", "*.py", "pp[o].py"):
         change_config(ppo_run, script=name)
         refused("its script", run_dir=ppo_run)
     with monkeypatch.context() as patch:  # a run that was put into a folder of the repository

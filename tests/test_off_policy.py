@@ -143,7 +143,7 @@ def test_step_of_the_critics_is_the_gradient_with_a_fixed_target(script):
 
 
 def test_step_of_the_policy_is_the_gradient_through_the_critic(script):
-    learner = Learner(script, q_lr=0.0, alpha_lr=0.0)
+    learner = Learner(script, q_lr=0.0, alpha_lr=0.0, **(dict(autotune=True) if script is sac else {}))
     before = dict(LossPi=learner.policy_loss().item())
     if script is sac:
         _, logp = squash(*forward(learner.ac.pi.net, learner.batch.obs).chunk(2, -1), learner.noise[1])

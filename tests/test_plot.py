@@ -96,7 +96,7 @@ def test_performance_is_the_test_return_where_there_is_one(tests, expected, tmp_
 
 def test_groups():
     aside = dict(seed=1, exp_name="e", data_dir="d", device="cuda", wandb_group="g", command="c", versions={}, git_commit="f")
-    aside |= dict(resumed=[dict(versions={}, git_commit="g")])
+    aside |= dict(finished=True, resumed=[dict(versions={}, git_commit="g")])
     runs = [memory([1], gamma=0.9), memory([2], gamma=0.9, **aside), memory([3], gamma=0.9, env_id="Y-v0")]
     runs += [memory([4], gamma=0.9, name="trpo")]
     assert group_runs(runs) == {("X-v0", "ppo"): runs[:2], ("Y-v0", "ppo"): runs[2:3], ("X-v0", "trpo"): runs[3:]}

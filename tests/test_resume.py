@@ -242,7 +242,7 @@ def test_a_longer_run(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # before its first save
         patch.setattr(td3.ReplayBuffer, "collect", lambda *args: 1 / 0)
         td3.train(td3.Args(resume=str(cut), total_steps=960))
-    assert "finished" not in read_config(cut)
+    assert not read_config(cut)["finished"]
     td3.train(td3.Args(resume=str(cut)))
     assert same(cut, run_dir(tmp_path / "whole"))
     config = read_config(cut)
@@ -335,7 +335,7 @@ def test_a_kept_model_is_there_before_its_checkpoint(tmp_path, monkeypatch):
 
 def test_a_signal_stops_no_update_half_way(tmp_path):
     """In which a copied script may store metrics of its own."""
-    with Logger(tiny(ppo, tmp_path), ppo.__file__) as logger, pytest.raises(Interrupted):
+    with pytest.raises(Interrupted), Logger(tiny(ppo, tmp_path), ppo.__file__) as logger:
         for _ in logger.epochs(1, model=nn.Linear(1, 1)):
             logger.signals.got = [2]
             logger.store(GradNorm=1.0)

@@ -348,6 +348,7 @@ def test_a_run_whose_last_save_failed_is_not_done(fake):
     run_dir = sweep("fake.py", {})[0].run_dir
     (run_dir / "checkpoint").mkdir()
     (run_dir / "checkpoint" / "1_rank0.ckpt").touch()
+    change_config(run_dir, finished=False)
     (again,) = plan(Args(("fake.py",), skip_done=True), {})
     assert again.resumes == run_dir and again.returncode is None
     change_config(run_dir, finished=True)

@@ -127,13 +127,6 @@ def test_spellings_of_a_wandb_agent(script):
             cli(script.Args, ["--total-steps", steps])
 
 
-def test_several_seeds_are_a_sweep(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["x/ppo.py"])
-    with pytest.raises(SystemExit, match="2"):
-        cli(ppo.Args, "--seed 0 1 2 --gamma 0.9".split())
-    assert "python -m benchmark.sweep ppo.py --seed 0 1 2 --gamma 0.9\n" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "launcher, name",
     [

@@ -93,15 +93,7 @@ def cli(Args, words=None):
     fields, common = Args.__dataclass_fields__, RunArgs.__dataclass_fields__
     Args.__dataclass_fields__ = dict(sorted(fields.items(), key=lambda item: item[0] in common))  # the order of the help
     words = [word for w in (sys.argv[1:] if words is None else words) for word in spelled_out(w)]
-    try:
-        return tyro.cli(Args, args=words, description=sys.modules[Args.__module__].__doc__)
-    except SystemExit as error:
-        several = re.findall(r"--(\S+)(?: (?!--)\S+){2,}", " ".join(words)) if error.code else []
-        types = {name.replace("_", "-"): str(field.type) for name, field in fields.items()}
-        if any("tuple" not in types.get(flag, "tuple") for flag in several):
-            script = pathlib.Path(sys.argv[0]).name
-            print(f"for several runs: python -m benchmark.sweep {script} {' '.join(words)}", file=sys.stderr)
-        raise
+    return tyro.cli(Args, args=words, description=sys.modules[Args.__module__].__doc__)
 
 
 def spelled_out(word):

@@ -16,6 +16,7 @@ import ctypes.util
 import importlib.util
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path, PureWindowsPath
@@ -72,10 +73,9 @@ def load_policy(run_dir, itr=None, render_mode=None):
     config = read_config(run_dir) | {"device": "cpu", "resume": None}
     env_id, name = str(config.get("env_id")), config["script"]
     weights = _read_weights(run_dir, itr)
-    paths = (ROOT / name, *ROOT.glob(f"*/{name}"), *ROOT.glob(f"*/*/{name}"))  # the last is a study's
-    paths = (path for path in paths if path.is_file() and not (path.parent / "config.json").exists())
-    paths = (path for path in paths if not path.resolve().is_relative_to(run_dir.resolve()))
-    paths = paths if PureWindowsPath(name).name == name and name.endswith(".py") else ()
+    plain = PureWindowsPath(name).name == name and re.fullmatch(r"[^*?[]+\.py", name)
+    paths = (ROOT / name, *ROOT.glob(f"*/{name}"), *ROOT.glob(f"*/*/{name}")) if plain else ()  # the last is a study's
+    paths = (p for p in paths if p.is_file() and not any((ROOT / d / "config.json").exists() for d in p.relative_to(ROOT).parents))
     path = min(paths, key=lambda path: not same_code(run_dir, path), default=None)  # where two have its name, the run's
     if path is None:
         raise RunError(f"{run_dir / 'config.json'}: its script {name!r} is no Python file in {ROOT}; put it there")

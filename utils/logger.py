@@ -61,7 +61,7 @@ class Logger:
         the last one.
         """
         self.model, self.state = model, State(dict(model=model, **state), sys.modules[type(self.args).__module__])
-        self.modules = [x for x in (model, *state.values()) if isinstance(x, torch.nn.Module)]
+        self.modules = [x for x in self.state.things.values() if isinstance(x, torch.nn.Module)]
         if self.args.resume is not None:
             info = self.run.restore(self.state)
             if info["epoch"] + bool(info["stored"]) > count:

@@ -113,7 +113,6 @@ class RunDir:
             return
         self.path = pathlib.Path(args.resume)
         self.config = dataclasses.asdict(args) | read_config(self.path)
-        self.config.pop("finished", None)
         if self.config.get("ranks") != mpi.size():
             raise RunError(f"--resume {self.path}: the run has {self.config.get('ranks')} ranks, not {mpi.size()}")
         again = {name: now[name] for name in ("versions", "git_commit")}
@@ -130,7 +129,7 @@ class RunDir:
         if self.args.track:
             self.tracker = Tracker(self.args, self.config, self.path)
             self.config["wandb_id"] = self.tracker.run.id
-        self._write_config()
+        self._write_config(finished=False)
         if self.args.resume is None:
             self.write(self.script.name, self.code)
             return
@@ -153,7 +152,8 @@ class RunDir:
         with writing(self.path / name) as file:
             file.write(data)
 
-    def _write_config(self):
+    def _write_config(self, finished):
+        self.config["finished"] = finished
         self.write("config.json", (json.dumps(self.config, indent=2) + "\n").encode())
 
     def _table(self, columns, rows):
@@ -223,8 +223,8 @@ class RunDir:
         """Note that the run is finished, unless it has failed; end the W&B run and the lock; remove the directory of a new run
         that has failed before its first row."""
         if not failed and mpi.rank() == 0:
-            self.config["finished"] = True
-            self._write_config()
+            with contextlib.suppress(RunError):  # all else is saved
+                self._write_config(finished=True)
         if self.tracker:
             self.tracker("save", str(self.path / "model.pt"), str(self.path), "now")
             self.tracker("save", str(self.path / self.script.name), str(self.path), "now")
