@@ -91,6 +91,8 @@ def planned(args):
         scripts, grid = STUDIES[args.suite]
         grid = grid if args.seeds is None else grid | {"seed": list(map(str, args.seeds))}
         return plan(SweepArgs(scripts, exp_name=args.suite, **sweep_args), grid)
+    if args.total_steps != Args.total_steps and args.results == Args.results:
+        raise RunError(f"--total-steps {args.total_steps}: would take the place of longer curves; name other --results")
     runs = []
     for script in args.scripts:
         seeds = args.seeds if args.seeds is not None else range(2 if Path(script).name in OFF_POLICY else 5)
@@ -110,11 +112,10 @@ def same_arguments(config, args, but=()):
 def is_kept(run, folder):
     """Whether the curve of a run with the same arguments is in `folder`, with tests if the run's models are to be tested."""
     try:
-        config = json.loads((folder / f"{run}.json").read_text())
+        config, columns = json.loads((folder / f"{run}.json").read_text()), (folder / f"{run}.csv").read_text().partition("\n")[0]
     except (OSError, ValueError):
         return False
-    tested = config.get("keep_checkpoints", False) >= run.args.keep_checkpoints
-    return tested and same_arguments(config, run.args) and (folder / f"{run}.csv").exists()
+    return same_arguments(config, run.args) and ("test_ret" in columns) >= run.args.keep_checkpoints
 
 
 def test(run, run_dir):

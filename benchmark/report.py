@@ -317,13 +317,15 @@ def study(suite, args):
     smooth, rows, finals = 1 if "num_test_episodes" in runs[0].config else 10, [], {}
     for env_id, name in sorted({(run.env_id, run.name) for run in runs}):
         there = [run for run in runs if (run.env_id, run.name) == (env_id, name)]
+        if len({run.rows["TotalEnvInteracts"].iloc[-1] for run in there}) > 1:
+            raise RunError(f"the study {suite} has runs of several lengths: {name}, {env_id}")
         final = np.array([run.rows["Performance"].tail(len(run.rows) // 10).mean() for run in there])
         finals.setdefault(env_id, {})[name] = final
         first = next(iter(finals[env_id].values()))
         several = min(len(first), len(final)) > 1 and final is not first
         difference = "{} ({} to {})".format(*map(number, compare(first, final)[:3])) if several else ""
         seeds = ", ".join(str(seed) for seed in sorted(run.config["seed"] for run in there))
-        steps = f"{max(run.rows['TotalEnvInteracts'].iloc[-1] for run in there):,.0f}"
+        steps = f"{there[0].rows['TotalEnvInteracts'].iloc[-1]:,.0f}"
         rows.append([name, env_id, seeds, steps, with_deviation(final.mean(), final.std(), len(final)), difference])
     save(plot(runs, smooth=smooth) if len(names) == 2 else differences(finals), args.results / f"{suite}.png")
     header = ["", "environment", "seeds", "steps", "final 10%", "minus the first's (95% interval)"]

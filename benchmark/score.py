@@ -145,17 +145,17 @@ def main(args):
     header = f"{'environment':16} {'seeds':>6}{'best':>8}{'best of mean':>14}{'final':>8}{'steps/s':>9}   best of each seed"
     print(f"{'experiment':{width}} {header}")
     for experiment in found:
-        curves, runs = experiment.curves(args.window), experiment.runs.values()
+        curves, runs = experiment.curves(args.window).ffill(), experiment.runs.values()
         mean, each = curves.mean(axis=1, skipna=False), curves.max()
         speed = pd.concat([run.rows["steps_per_sec"] for run in runs]).median()
         print(
             f"{experiment.name:{width}} {experiment.env_id:16} {len(each):6}{number(each.mean()):>8}{number(mean.max()):>14}"
             f"{number(mean.iloc[-1]):>8}{speed:9.0f}   {', '.join(f'{s}: {number(best)}' for s, best in each.items())}"
         )
-        for run in runs if args.save else ():
-            save(run, args.save)
     if args.compare:
         print_comparison(found, args.compare, args.window)
+    for run in (run for experiment in found for run in experiment.runs.values() if args.save):
+        save(run, args.save)
 
 
 if __name__ == "__main__":

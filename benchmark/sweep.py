@@ -86,7 +86,7 @@ def parse(argv):
     args.scripts = tuple(scripts)
     for key, values in grid.items():
         if is_tuple(key, args.scripts):
-            values = values if any(re.search(r"[ ,]\w", value) for value in values) else [" ".join(values)]
+            values = values if any(re.search(r"[ ,][-.\w]|^[\[(].*[\])]$", value) for value in values) else [" ".join(values)]
             grid[key] = [f"[{value}]" for value in values]
     return args, {key: values or ["True"] for key, values in grid.items()}
 
@@ -140,7 +140,7 @@ def plan(args, grid):
             parts = [args.exp_name] if args.exp_name else [stems[script], safe(run_args.env_id)]
             parts += [stems[script]] * bool(args.exp_name and len(args.scripts) > 1)
             parts += [safe(run_args.env_id)] * bool(args.exp_name and several_envs)
-            parts += [short[k] + safe(v.strip("[]")).replace(".", "-") for k, v in zip(keys, values, strict=True) if k in short]
+            parts += [safe(short[k] + v.strip("[]")).replace(".", "-") for k, v in zip(keys, values, strict=True) if k in short]
             run = Run("_".join(parts), run_args.seed, args=run_args)
             for key in (str(run), f"{script} {run_args}"):
                 if key in seen:
@@ -195,17 +195,20 @@ def sweep(script, grid, **options):
     itself, a tuple is one value. options: the other fields of Args, such as workers=2. Returns the Runs, each with name, seed,
     run_dir (None if there is none) and returncode. Raises RunError before any starts if one would refuse its arguments.
     """
+    arguments.cache_clear()  # a script may have changed since
     args = Args(tuple(map(str, [script] if isinstance(script, str | Path) else script)), **options)
     texts = {}
     for key, values in grid.items():
-        if isinstance(values, tuple) and is_tuple(key, args.scripts) or isinstance(values, str) or not hasattr(values, "__iter__"):
+        one = isinstance(values, tuple) and is_tuple(key, args.scripts) and not any(isinstance(x, list | tuple) for x in values)
+        if one or isinstance(values, str) or not hasattr(values, "__iter__"):
             values = [values]
         texts[key] = [f"[{' '.join(map(str, value))}]" if isinstance(value, list | tuple) else str(value) for value in values]
     runs = plan(args, texts)
     if args.print:
         print("\n".join(shlex.join(run.command) for run in runs if run.returncode is None))
     else:
-        execute(runs, args.workers or max(1, available_cores() // args.mpi))
+        threads = args.mpi * max((run.args.torch_threads for run in runs), default=1)
+        execute(runs, args.workers or max(1, available_cores() // threads))
     return runs
 
 

@@ -63,8 +63,7 @@ def test_the_benchmark_makes_what_is_missing(tmp_path):
 
     for file in (tmp_path / "kept").glob("*_s1.*"):
         file.unlink()
-    config = tmp_path / "kept" / files[1]  # a curve without tests is to be made anew
-    config.write_text(kept[files[1]].replace('"keep_checkpoints": true', '"keep_checkpoints": false'))
+    (tmp_path / "kept" / files[0]).write_text(kept[files[0]].replace("test_ret", "other"))  # without tests it is made anew
     assert benchmark(tmp_path, *options) == 2  # the curves come from the run directories, without training
     assert {name: (tmp_path / "kept" / name).read_text() for name in files} == kept
 
@@ -137,6 +136,8 @@ def test_the_suites_are_planned(tmp_path, restored_ddpg):
         for seeds in None, (7,):
             runs = planned(BenchmarkArgs(suite=suite, seeds=seeds, data_dir=str(tmp_path)))
             assert {str(run.seed) for run in runs} == set(map(str, seeds or grid["seed"]))
+    with pytest.raises(RunError, match="--total-steps 5: would take the place of longer curves"):
+        planned(BenchmarkArgs(total_steps=5, data_dir=str(tmp_path)))
     with pytest.raises(RunError, match="--suite broadcast"):
         planned(BenchmarkArgs(suite="broadcast", total_steps=5, data_dir=str(tmp_path)))
     with pytest.raises(RunError, match="--workers 0"):
@@ -270,7 +271,10 @@ def test_a_study(results):
     with pytest.raises(RunError, match="only curves of"):
         study("value-fits", arguments(results))
     for seed, rets in enumerate(curves):
-        keep_curve(results / "results", "trpo", "Hopper-v4", seed, rets)
+        keep_curve(results / "results", "trpo", "Hopper-v4", seed, rets, step=50_000 + 10_000 * seed)
+    with pytest.raises(RunError, match="runs of several lengths"):
+        study("value-fits", arguments(results))
+    keep_curve(results / "results", "trpo", "Hopper-v4", 1, curves[1])
     lines = study("value-fits", arguments(results))
     assert "| TRPO, train_v_iters 0 | Hopper-v4 | 0, 1 | 1,000,000 | 10.0 ± 10.0 |  |" in lines  # the last 2 of 20 epochs: 20 and 0
     assert "| TRPO, train_v_iters 10 | Hopper-v4 | 0, 1 | 1,000,000 | 10.0 ± 10.0 | 0.0 (-20.0 to 20.0) |" in lines

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import pathlib
 import pickle
 import random
 import resource
@@ -13,7 +14,7 @@ import signal
 import sys
 import threading
 import tracemalloc
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ import ppo
 import sac
 import td3
 import vpg
+from utils.args import RunArgs
 from utils.envs import say_once
 from utils.logger import Logger
 from utils.process import Interrupted, RunError
@@ -260,7 +262,7 @@ def test_arguments_that_contradict_the_run(finished, tmp_path):
         with pytest.raises(RunError, match=f"{words}.*the run to resume has"):
             ppo.Args(resume=str(finished), **changes)
     with pytest.raises(RunError, match="made by ppo.py, not by vpg.py"):
-        vpg.Args(resume=str(finished))
+        vpg.train(vpg.Args(resume=str(finished)))
     for flag, words in [("--minibatch-size=200", "200: the run to resume has 30"), ("--no_keep_checkpoints", "False: the run to")]:
         default = run(sys.executable, "ppo.py", "--resume", finished, flag, check=False)  # the default, but not this run's
         assert default.returncode == 1 and words in default.stderr and "Traceback" not in default.stderr
@@ -344,6 +346,33 @@ def test_a_signal_stops_no_update_half_way(tmp_path):
     assert stored == dict(GradNorm=dict(mean=[1.0]))
 
 
+def test_a_loop_that_the_script_breaks_off_is_a_finished_run(tmp_path):
+    layer = nn.Linear(1, 1)
+    with Logger(tiny(ppo, tmp_path, save_freq=10), ppo.__file__) as logger:
+        for epoch in logger.epochs(5, model=layer):
+            layer.bias.data.fill_(epoch)
+            logger.log(Epoch=epoch, TotalEnvInteracts=120 * (epoch + 1))
+            if epoch == 2:
+                break
+    saved = torch.load(run_dir(tmp_path) / "model.pt", weights_only=True)
+    assert saved["bias"] == 2 and read_config(run_dir(tmp_path))["finished"]
+
+
+@dataclass
+class Mine(RunArgs):
+    numbers: list[int] = field(default_factory=list)
+    path: pathlib.Path = pathlib.Path("a")
+
+
+def test_arguments_of_other_kinds_come_back(tmp_path):
+    config = json.dumps(dict(script="mine.py", numbers=[3, 4], path="b"))
+    (tmp_path / "config.json").write_text(config)
+    args = Mine(resume=str(tmp_path), numbers=[3, 4])
+    assert (args.numbers, args.path) == ([3, 4], pathlib.Path("b"))
+    ppo.train(tiny(ppo, "", data_dir=tmp_path / "data", seed=np.int64(0), hidden_sizes=[8, 8]))
+    assert read_config(run_dir(tmp_path / "data"))["seed"] == 0
+
+
 def test_what_torch_may_say_of_a_full_disk(tmp_path):
     with pytest.raises(RunError, match="cannot write .*/x: unexpected pos.* the one before"), writing(tmp_path / "x") as file:
         file.write(b"half")
@@ -418,7 +447,9 @@ def test_every_kind_of_state_comes_back():
     """Also what has come, changed its kind or grown since the start; what was there at the start in place."""
     module, rng = sys.modules[__name__], np.random.default_rng(0)
     thing, coefficient, rets, queue = Thing(), torch.tensor(1.0), [], collections.deque(maxlen=5)
-    state = State(dict(thing=thing, coefficient=coefficient, rets=rets, queue=queue), module)
+    thing.args, shared, groups = ppo.Args(seed=1), thing.shared, thing.optimizer.param_groups[0]
+    state = State(dict(thing=thing, coefficient=coefficient, rets=rets, queue=queue), module, thing.args)
+    assert thing.shared is shared and thing.optimizer.param_groups[0] is groups  # which the script may hold, too
     thing.view += 1
     thing.tensor, thing.none = torch.ones(3), Pair(np.ones(2), "now")
     thing.layer(torch.ones(2)).backward()
@@ -431,11 +462,13 @@ def test_every_kind_of_state_comes_back():
     queue.extend(range(9))
 
     again, new_coefficient, new_rets, new_queue = Thing(), torch.tensor(1.0), [], collections.deque(maxlen=5)
-    fresh = State(dict(thing=again, coefficient=new_coefficient, rets=new_rets, queue=new_queue), module)
+    again.args = ppo.Args(seed=2)
+    fresh = State(dict(thing=again, coefficient=new_coefficient, rets=new_rets, queue=new_queue), module, again.args)
     array, layer = again.array, again.layer
     there_and_back(state, fresh)
     assert all(equal(thing.things[k], again.things[k]) for k in range(300))
     assert again.array is array and again.layer is layer and again.me is again and np.shares_memory(again.view, array)
+    assert again.args.seed == 2  # those of the run that goes on
     assert (array == 1).all() and equal(again.none, thing.none) and again.tensor.tolist() == [1, 1, 1]
     assert again.node.value is again.shared and again.spread.tolist() == [2, 2, 2]
     assert torch.equal(layer.weight, thing.layer.weight) and (again.device, again.kind) == (thing.device, np.float32)

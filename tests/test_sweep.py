@@ -121,6 +121,7 @@ def start(command):
         ("fake.py --env_id=ns/A-v0", "fake_ns-A-v0_s0"),
         ("fake.py --norm-obs True False", "fake_Fake-v0_norTrue_s0 fake_Fake-v0_norFalse_s0"),
         ("fake.py --hidden-sizes '64 64' 32", "fake_Fake-v0_hid64-64_s0 fake_Fake-v0_hid32_s0"),
+        ("fake.py --hidden-sizes [64] [32]", "fake_Fake-v0_hid64_s0 fake_Fake-v0_hid32_s0"),
         ("fake.py --hidden-sizes 64,64 '[32,32]'", "fake_Fake-v0_hid64,64_s0 fake_Fake-v0_hid32,32_s0"),
         ("fake.py --hidden_sizes='[64, 64]' --norm_obs=False --seed=2", "fake_Fake-v0_s2"),
         ("fake.py --target-kl 1 2 --target-noise 3 4 --gamma 0 1 --exp-name x", None),
@@ -236,7 +237,7 @@ def test_a_run_that_never_made_its_directory(fake):
 
 
 def test_python_function(fake):
-    grid = {"env_id": "A-v0", "seed": [0, 1], "hidden_sizes[h]": [(8, 8), (16,)], "gamma": [0]}
+    grid = {"env_id": "A-v0", "seed": [0, 1], "hidden_sizes[h]": ((8, 8), (16,)), "gamma": [0]}
     runs = sweep("fake.py", grid, workers=2, data_dir="x")
     assert [(run.name, run.seed, run.returncode) for run in runs] == [
         ("fake_A-v0_h8-8", 0, 1),

@@ -31,7 +31,7 @@ class Total(NamedTuple):
 
 
 def _whole(words):
-    number = float(words[0]) if "e" in words[0].lower() else int(words[0])  # 1e6
+    number = float(words[0]) if set("eE.") & set(words[0]) else int(words[0])  # 1e6
     if not math.isfinite(number) or number != int(number):
         raise ValueError(f"{words[0]} is no whole number")
     return int(number)
@@ -70,17 +70,14 @@ class RunArgs:
         another value than the default. Raises RunError for one that is given and differs."""
         if self.resume is None:
             return
-        config, module = read_config(self.resume), sys.modules[type(self).__module__]
-        script = pathlib.Path(module.__file__).name
-        if config["script"] != script:
-            raise RunError(f"--resume {self.resume}: made by {config['script']}, not by {script}")
-        words = sys.argv[1:] if module.__name__ == "__main__" else []
+        config, words = read_config(self.resume), sys.argv[1:] if type(self).__module__ == "__main__" else []
         flags = {re.sub("^__(no_)?|=.*", "", word.replace("-", "_")) for word in words if word.startswith("--")}
         defaults = type(self)()
         for field in dataclasses.fields(self):
             value, default = getattr(self, field.name), getattr(defaults, field.name)
             old = config.get(field.name, default)  # a script may have got new arguments since
-            old = tuple(old) if isinstance(old, list) else old
+            old = tuple(old) if isinstance(old, list) else old  # JSON has neither tuples nor paths
+            old = type(default)(old) if isinstance(default, list | pathlib.PurePath) else old
             if value == default and field.name not in flags:
                 setattr(self, field.name, old)
             elif value != old and field.name not in ("resume", "total_steps"):

@@ -20,7 +20,7 @@ def check_ranges(args, **parts):
     """Refuse numbers outside the ranges that their types declare. `parts`: how many ranks and environments share the totals."""
     for name, hint in typing.get_type_hints(type(args), include_extras=True).items():
         given = getattr(args, name)
-        shown = f"--{name.replace('_', '-')} {' '.join(map(str, given)) if isinstance(given, tuple) else given}"
+        shown = f"--{name.replace('_', '-')} {' '.join(map(str, given)) if isinstance(given, tuple | list) else given}"
         for value, rule in _rules(hint, given):
             if isinstance(rule, Range) and not rule.holds(value):
                 raise RunError(f"{shown}: has to be {rule.text}")
@@ -53,7 +53,7 @@ def _rules(hint, value):
     """Pairs of a value and a rule in its type, which may be `X | None` or tuple[X, ...] too."""
     if typing.get_origin(hint) is typing.Annotated:
         return [(value, rule) for rule in hint.__metadata__] + _rules(hint.__origin__, value)
-    values = value if isinstance(value, tuple) else [value] * (value is not None)
+    values = value if isinstance(value, tuple | list) else [value] * (value is not None)
     return [pair for inner in typing.get_args(hint) for v in values for pair in _rules(inner, v)]
 
 

@@ -34,7 +34,8 @@ class Episodes(gym.Wrapper):
         return self.obs, info
 
     def step(self, action):
-        self.actions.append(np.copy(action))
+        if self.ep_len < 100_000:  # an endless episode does not fill the memory; --resume gives it up
+            self.actions.append(np.copy(action))
         obs, rew, terminated, truncated, info = self.env.step(action)
         rew = float(rew) if isinstance(rew, float) else float(np.asarray(rew).item())  # of one element, whatever its type
         terminated = terminated if isinstance(terminated, bool) else bool(np.asarray(terminated).item())

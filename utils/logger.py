@@ -31,7 +31,8 @@ def set_up(args):
     torch.set_num_threads(min(args.torch_threads, max(1, available_cores() // mpi.size())))
     # Adam's averages of dead units' gradients decay to numbers below 1e-38, with which some processors are much slower
     torch.set_flush_denormal(True)
-    fast_products(np.max(getattr(args, "hidden_sizes", 0), initial=0))
+    if args.device == "cpu":
+        fast_products(np.max(getattr(args, "hidden_sizes", 0), initial=0))
     return mpi.seed_everything(args.seed)
 
 
@@ -50,7 +51,7 @@ class Logger:
         name = ["-m", ".".join(path.relative_to(root).with_suffix("").parts)] if in_folder else [os.path.relpath(script)]
         self.command = ["mpirun", "-n", str(mpi.size())] * (mpi.size() > 1) + ["python", *name]
         self.dir, self.stored, self.display = self.run.path, {}, None
-        self.signals, self.epoch, self.last_steps = Signals(), 0, 0
+        self.signals, self.epoch, self.count, self.last_steps = Signals(), 0, 0, 0
         self.start = self.last_time = time.monotonic()
 
     def epochs(self, count, model, **state):
@@ -60,8 +61,9 @@ class Logger:
         utils.state.State describes it. They are restored before the first epoch, and saved every `save_freq` epochs and after
         the last one.
         """
-        self.model, self.state = model, State(dict(model=model, **state), sys.modules[type(self.args).__module__])
-        self.modules = [x for x in self.state.things.values() if isinstance(x, torch.nn.Module)]
+        self.count, self.model, state = count, model, dict(model=model, **state)
+        self.state = State(state, sys.modules[type(self.args).__module__], self.args)
+        self.modules = [x for x in state.values() if isinstance(x, torch.nn.Module)]
         if self.args.resume is not None:
             info = self.run.restore(self.state)
             if info["epoch"] + bool(info["stored"]) > count:
@@ -136,7 +138,7 @@ class Logger:
         """Write model.pt, if `keep` a copy model_<epoch>.pt too, and the checkpoint; collective over the ranks. Raises RunError if
         a weight is not finite, if the ranks' weights differ, or if a file cannot be written: the one before is left as it was."""
         mpi.check_equal(*self.modules)
-        for name, tensor in (item for module in self.modules for item in module.state_dict().items()):
+        for name, tensor in (item for module in self.modules for item in module.named_parameters()):
             if not torch.isfinite(tensor).all():
                 raise RunError(f"parameter {name} is not finite at step {self.last_steps:,}; model.pt is left as it was")
         now = time.monotonic()
@@ -156,7 +158,11 @@ class Logger:
         return self
 
     def __exit__(self, kind, error, trace):
-        """End the display, the files and the W&B run; and all ranks, if this one is leaving early."""
+        """End the display, the files and the W&B run; and all ranks, if this one is leaving early. A script that breaks off the
+        loop has finished the run: it is saved."""
+        if kind is None and self.epoch < self.count:
+            self.epoch += 1
+            self.save(keep=self.args.keep_checkpoints)
         self.signals.__exit__()
         if self.display:
             self.display.close()

@@ -16,7 +16,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 
 import torch
 
@@ -81,7 +80,8 @@ def provenance(script):
         commit += "-dirty" * bool(subprocess.run([*git, "status", "--porcelain", "--", ":/*.py"], **options).stdout)
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    versions = {name: metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco") if name in sys.modules}
+    names = [name for name in ("torch", "numpy", "gymnasium", "mujoco") if name in sys.modules]
+    versions = {name: getattr(sys.modules[name], "__version__", None) for name in names}
     run = dict(script=pathlib.Path(script).name, command=shlex.join(sys.argv), ranks=mpi.size(), git_commit=commit)
     return run | dict(threads=torch.get_num_threads(), versions=dict(python=platform.python_version()) | versions)
 
@@ -113,6 +113,8 @@ class RunDir:
             return
         self.path = pathlib.Path(args.resume)
         self.config = dataclasses.asdict(args) | read_config(self.path)
+        if self.config["script"] != self.script.name:
+            raise RunError(f"--resume {self.path}: made by {self.config['script']}, not by {self.script.name}")
         if self.config.get("ranks") != mpi.size():
             raise RunError(f"--resume {self.path}: the run has {self.config.get('ranks')} ranks, not {mpi.size()}")
         again = {name: now[name] for name in ("versions", "git_commit")}
@@ -125,14 +127,13 @@ class RunDir:
         """Begin to write."""
         if mpi.rank() > 0:
             return
+        if self.args.resume is None:
+            self.write(self.script.name, self.code)
         self._lock()
         if self.args.track:
             self.tracker = Tracker(self.args, self.config, self.path)
             self.config["wandb_id"] = self.tracker.run.id
         self._write_config(finished=False)
-        if self.args.resume is None:
-            self.write(self.script.name, self.code)
-            return
         if self.rows:  # those after the checkpoint will come again
             self.write("progress.txt", self._table(self.columns, self.rows))
 
@@ -141,7 +142,8 @@ class RunDir:
         try:
             import fcntl
 
-            self.lock = os.open(self.path, os.O_RDONLY) if self.lock is None else self.lock  # 0 where stdin is closed
+            if self.lock is None:  # of a file, which NFS locks for all its machines; 0 where stdin is closed
+                self.lock = os.open(self.path / self.script.name, os.O_RDWR)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"--resume {self.path}: this run is still going on, in another process") from None
@@ -154,7 +156,8 @@ class RunDir:
 
     def _write_config(self, finished):
         self.config["finished"] = finished
-        self.write("config.json", (json.dumps(self.config, indent=2) + "\n").encode())
+        plain = lambda x: x.tolist() if hasattr(x, "tolist") else os.fspath(x)  # noqa: E731  # NumPy's numbers, paths
+        self.write("config.json", (json.dumps(self.config, indent=2, default=plain) + "\n").encode())
 
     def _table(self, columns, rows):
         lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
@@ -193,7 +196,7 @@ class RunDir:
     def _delete_other_checkpoints(self):
         for path in (self.path / "checkpoint").glob(f"*_rank{mpi.rank()}.ckpt*"):
             if path.name != f"{self.saves}_rank{mpi.rank()}.ckpt":
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     def restore(self, state):
         """Bring State, random generators and rows back to the newest checkpoint that all ranks have; returns `info`."""

@@ -87,7 +87,8 @@ def load_runs(paths, select=(), exclude=(), legend=()):
             if wanted and file.resolve() not in seen:
                 seen.add(file.resolve())
                 try:
-                    logdirs.setdefault(re.sub(r"_s\d+(_\d+)?\.csv$", "", str(logdir)), []).append(read_run(file))
+                    run = read_run(file)
+                    logdirs.setdefault(re.sub(r"_s\d+(_\d+)?\.csv$", "", str(logdir)), []).append(run)
                 except (OSError, ValueError) as error:
                     print(f"left out, {one_line(error)}: {file}", file=sys.stderr)
     if not logdirs:
@@ -118,10 +119,11 @@ def group_runs(runs):
 
 
 def one_per_seed(runs):
-    """Of the runs of each seed the longest; says on stderr which ones it leaves out."""
+    """Of the runs of each seed the longest, of several the last, which may be of newer code; stderr names those left out."""
     seeds = {}
-    for run in sorted(runs, key=lambda run: -len(run.rows)):
-        longest = seeds.setdefault(str(run.config.get("seed", run.dir)), run)
-        if longest is not run:
-            print(f"left out, {longest.dir} has the same seed and no fewer rows: {run.dir}", file=sys.stderr)
+    for run in sorted(runs, key=lambda run: len(run.rows)):
+        shorter = seeds.get(seed := str(run.config.get("seed", run.dir)))
+        if shorter:
+            print(f"left out, {run.dir} has the same seed and no fewer rows: {shorter.dir}", file=sys.stderr)
+        seeds[seed] = run
     return list(seeds.values())

@@ -24,7 +24,8 @@ GENERATORS = (  # the shared ones of random numbers: what gives the state, and w
     (np.random.get_state, np.random.set_state),
     (torch.get_rng_state, torch.set_rng_state),
     # asking starts CUDA on all devices
-    (lambda: torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [], torch.cuda.set_rng_state_all),
+    (lambda: torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+     lambda states: torch.cuda.set_rng_state_all(states[: torch.cuda.device_count()])),
 )
 
 
@@ -48,8 +49,8 @@ class State:
     a pickle whose reader knows nothing but these, so it runs no code. Raises RunError for what does not survive a round trip.
     """
 
-    def __init__(self, things, module):
-        self.things, self.known, self.numbers, self.begun = things, [], {}, False
+    def __init__(self, things, module, args=None):
+        self.things, self.args, self.known, self.numbers, self.begun = things, args, [], {}, False
         kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and not hasattr(kind, "__post_init__")]
         self.kinds = {kind.__name__: kind for kind in kinds if issubclass(kind, tuple | enum.Enum) or is_dataclass(kind)}
         for name, thing in things.items():
@@ -94,7 +95,7 @@ def take(*saved):
 
 
 def put(thing, attributes):
-    vars(thing).update(attributes)
+    """Stands in a file for Reader.put."""
 
 
 class Writer(pickle.Pickler):
@@ -117,7 +118,7 @@ class Writer(pickle.Pickler):
             if self.state.kinds.get(x.__name__) is not x:
                 raise TypeError(f"the {type(x).__name__} {x.__name__}, which is no value")
             return take, ("kind", x.__name__)
-        if type(x) in self.state.kinds.values() and (isinstance(x, tuple) or self.number(x) is None):
+        if type(x) in self.state.kinds.values() and (isinstance(x, tuple | enum.Enum) or self.number(x) is None):
             return NotImplemented
         if self.number(x) is None or isinstance(x, CONTAINERS):
             raise TypeError(f"a {type(x).__name__} that was not there at the start, or of a kind that no file can hold")
@@ -125,7 +126,7 @@ class Writer(pickle.Pickler):
             file = io.BytesIO()
             Writer(file, self.state, known=False).dump(state_functions(x)[0]())
             return take, ("state", self.number(x), file.getvalue())
-        if isinstance(x, CONSTANT):
+        if isinstance(x, CONSTANT) or x is self.state.args:
             return take, ("constant", self.number(x))
         if not hasattr(x, "__dict__"):
             raise TypeError(f"a {type(x).__name__}; make it an array, a tensor or a list of numbers")
@@ -141,8 +142,12 @@ class Reader(pickle.Unpickler):
     def find_class(self, module, name):
         for x in (*CONTAINERS, take, put):
             if (x.__module__, x.__qualname__) == (module, name):
-                return self.take if x is take else x
+                return {take: self.take, put: self.put}.get(x, x)
         raise pickle.UnpicklingError(f"it holds {module}.{name}")
+
+    def put(self, thing, attributes):
+        if self.state.begun:  # not when it is only tried whether all can be read
+            vars(thing).update(attributes)
 
     def take(self, kind, number, *saved):
         """What stands for x: the one that is there from the start, with what was saved of it, or a new array or tensor."""
@@ -150,7 +155,8 @@ class Reader(pickle.Unpickler):
             return self.state.kinds[number]
         live = None if number is None else self.state.known[number]
         if kind == "state":
-            state_functions(live)[1](Reader(io.BytesIO(*saved), self.state).load())
+            saved_state = Reader(io.BytesIO(*saved), self.state).load()
+            self.state.begun and state_functions(live)[1](saved_state)
         if kind not in ("tensor", "array", "scalar"):
             return live
         dtype, shape, device, data = saved
