@@ -145,21 +145,6 @@ def test_names_prefixes_select_exclude_legend(tmp_path):
     assert {run.name for run in load_runs([tmp_path / "big"])} == {"ppo_cli0-1"}
 
 
-def test_runs_behind_links_are_found_once_and_no_circle_is_endless(tmp_path):
-    moved = [write_run(tmp_path / f"larger disk/x_s{seed}", [1], seed=seed) for seed in range(2)]
-    (tmp_path / "data/x").mkdir(parents=True)
-    (tmp_path / "data/x/x_s0").symlink_to(moved[0])
-    (tmp_path / "data/x/x_s1").symlink_to(moved[1])
-    (tmp_path / "data/latest").symlink_to("x")
-    for k in range(3):
-        (tmp_path / f"data/x/up{k}").symlink_to("..")
-        (moved[0] / f"self{k}").symlink_to(".")
-    (tmp_path / "data/linked").symlink_to(tmp_path / "nowhere")
-    for paths in (["data"], ["data/x", "data/latest"], ["data", "larger disk"]):
-        assert [run.config["seed"] for run in load_runs([tmp_path / path for path in paths])] == [0, 1]
-    assert len(load_runs([tmp_path / "data"], select=["data/x/x_s0"])) == 1
-
-
 def test_seeds_of_spinning_up_are_one_curve_by_its_name(tmp_path):
     for seed, address in enumerate(["0x7f3a", "0x7fbc"]):
         name = f"<spinup.utils.logx.EpochLogger object at {address}>"

@@ -1,7 +1,6 @@
 """Runs read back from the disk: found, named and grouped into experiments, for utils.plot and the benchmark."""
 
 import json
-import os
 import re
 import sys
 from dataclasses import dataclass, fields
@@ -58,14 +57,9 @@ def read_run(file):
 
 
 def _files(logdir):
-    """The files that hold the rows of runs below a directory, also behind symbolic links."""
-    files = [logdir] if logdir.suffix == ".csv" else []
-    for folder, folders, names in os.walk(logdir, followlinks=True):
-        if any(os.path.samefile(folder, above) for above in Path(os.path.abspath(folder)).parents):
-            folders.clear()  # a link led back up
-        else:
-            files += [Path(folder, name) for name in names if re.fullmatch(r"progress\.txt|.*_s\d.*\.csv", name)]
-    return sorted(files)
+    """The files that hold the rows of runs below a directory."""
+    files = sorted(path for path in logdir.rglob("*") if re.fullmatch(r"progress\.txt|.*_s\d.*\.csv", path.name))
+    return files or [logdir] * (logdir.suffix == ".csv")
 
 
 def load_runs(paths, select=(), exclude=(), legend=()):
