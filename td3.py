@@ -244,7 +244,7 @@ def test(ac, env, num_episodes):
 
 
 def train(args):
-    """Train as `args` (an Args) says and return the targets' ActorCritic, whose weights average the latest ones: this one is tested
+    """Train as `args` (an Args) says and return the targets' ActorCritic, a moving average, which is the one that is tested
     and saved. Raises RunError for what cannot work."""
     seeds = set_up(args)
     ranks = mpi.size()

@@ -322,7 +322,7 @@ def update(ac, optimizer, batch, args):
             _, ret = advantages(ac, batch, args)  # anew for each pass, as the critic and its units have changed
         for obs, mb_ret in minibatches(args.minibatch_size // mpi.size(), batch.obs, ac.ret_stats.normalise(ret)):
             loss_v = value_loss(ac.v(obs), mb_ret)
-            optimizer.zero_grad()  # to None, so that the step leaves the actor alone
+            optimizer.zero_grad()  # gradients to None, so that the step leaves the actor alone
             loss_v.backward()
             mpi.average_gradients(ac.parameters())
             optimizer.step()
