@@ -34,6 +34,7 @@ from benchmark.sweep import Args as SweepArgs
 from benchmark.sweep import plan
 from utils.evaluate import load_policy, play
 from utils.process import RunError, available_cores
+from utils.run_dir import as_json
 from utils.runs import ASIDE
 
 ON_POLICY = ("vpg.py", "trpo.py", "ppo.py")
@@ -92,7 +93,7 @@ def planned(args):
         grid = grid if args.seeds is None else grid | {"seed": list(map(str, args.seeds))}
         return plan(SweepArgs(scripts, exp_name=args.suite, **sweep_args), grid)
     if args.total_steps != Args.total_steps and args.results == Args.results:
-        raise RunError(f"--total-steps {args.total_steps}: would take the place of longer curves; name other --results")
+        raise RunError(f"--total-steps {args.total_steps}: would take the place of curves of another length; name other --results")
     runs = []
     for script in args.scripts:
         seeds = args.seeds if args.seeds is not None else range(2 if Path(script).name in OFF_POLICY else 5)
@@ -104,7 +105,7 @@ def planned(args):
 
 def same_arguments(config, args, but=()):
     """Whether the configuration of a run is that of `args` (an Args of its script), but for the names in `but`."""
-    wanted = json.loads(json.dumps(asdict(args)))
+    wanted = json.loads(as_json(asdict(args)))
     aside = ASIDE - {"seed"} | set(but)
     return {name: value for name, value in wanted.items() if name not in aside}.items() <= config.items()
 

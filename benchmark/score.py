@@ -154,8 +154,9 @@ def main(args):
         )
     if args.compare:
         print_comparison(found, args.compare, args.window)
-    for run in (run for experiment in found for run in experiment.runs.values() if args.save):
-        save(run, args.save)
+    for experiment in found if args.save else ():
+        for run in experiment.runs.values():
+            save(run, args.save)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from utils.args import AtLeast1, cli, spelled_out
 from utils.check import check, check_ranges
 from utils.evaluate import ROOT, import_script
 from utils.process import RunError, available_cores, say
-from utils.run_dir import read_config, same_code
+from utils.run_dir import as_json, read_config, same_code
 
 
 @dataclass
@@ -163,7 +163,7 @@ def plan(args, grid):
 
 def use_earlier_attempts(run, script, launcher, ranks):
     """Mark the run as finished if one with the same arguments and code is, or let it resume the one that got furthest."""
-    wanted = json.loads(json.dumps(asdict(run.args))) | {"script": Path(script).name, "ranks": ranks}
+    wanted = json.loads(as_json(asdict(run.args))) | {"script": Path(script).name, "ranks": ranks}
     for name in ("exp_name", "data_dir", "resume", "torch_threads"):  # which may differ between two attempts at the same run
         del wanted[name]
     steps = {}
@@ -192,8 +192,8 @@ def sweep(script, grid, **options):
     """Run `script` (a path, or several) once for each combination of the values of `grid`.
 
     grid: a dict from an argument's name to its values, a list or any iterable but a string; for an argument that is a tuple
-    itself, a tuple is one value. options: the other fields of Args, such as workers=2. Returns the Runs, each with name, seed,
-    run_dir (None if there is none) and returncode. Raises RunError before any starts if one would refuse its arguments.
+    itself, a tuple is one value unless it holds tuples. options: the other fields of Args, such as workers=2. Returns the Runs,
+    each with name, seed, run_dir (None if there is none) and returncode. Raises RunError before any starts if one would refuse its arguments.
     """
     arguments.cache_clear()  # a script may have changed since
     args = Args(tuple(map(str, [script] if isinstance(script, str | Path) else script)), **options)

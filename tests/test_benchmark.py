@@ -136,7 +136,7 @@ def test_the_suites_are_planned(tmp_path, restored_ddpg):
         for seeds in None, (7,):
             runs = planned(BenchmarkArgs(suite=suite, seeds=seeds, data_dir=str(tmp_path)))
             assert {str(run.seed) for run in runs} == set(map(str, seeds or grid["seed"]))
-    with pytest.raises(RunError, match="--total-steps 5: would take the place of longer curves"):
+    with pytest.raises(RunError, match="--total-steps 5: would take the place of curves of another length"):
         planned(BenchmarkArgs(total_steps=5, data_dir=str(tmp_path)))
     with pytest.raises(RunError, match="--suite broadcast"):
         planned(BenchmarkArgs(suite="broadcast", total_steps=5, data_dir=str(tmp_path)))

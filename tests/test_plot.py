@@ -191,6 +191,9 @@ def test_a_broken_run_is_left_out_with_a_line(kind, tmp_path, capsys):
     (bad / name).unlink()
     if content is not None:
         (bad / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RunError, match="no runs"):
+        load_runs([bad])
+    capsys.readouterr()
     assert [r.dir for r in load_runs([tmp_path])] == [good]
     error = capsys.readouterr().err
     assert error.startswith("left out, ") and message in error and error.endswith(f"{bad}/progress.txt\n")

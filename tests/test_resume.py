@@ -346,22 +346,10 @@ def test_a_signal_stops_no_update_half_way(tmp_path):
     assert stored == dict(GradNorm=dict(mean=[1.0]))
 
 
-def test_a_loop_that_the_script_breaks_off_is_a_finished_run(tmp_path):
-    layer = nn.Linear(1, 1)
-    with Logger(tiny(ppo, tmp_path, save_freq=10), ppo.__file__) as logger:
-        for epoch in logger.epochs(5, model=layer):
-            layer.bias.data.fill_(epoch)
-            logger.log(Epoch=epoch, TotalEnvInteracts=120 * (epoch + 1))
-            if epoch == 2:
-                break
-    saved = torch.load(run_dir(tmp_path) / "model.pt", weights_only=True)
-    assert saved["bias"] == 2 and read_config(run_dir(tmp_path))["finished"]
-
-
 @dataclass
 class Mine(RunArgs):
     numbers: list[int] = field(default_factory=list)
-    path: pathlib.Path = pathlib.Path("a")
+    path: pathlib.Path | None = None
 
 
 def test_arguments_of_other_kinds_come_back(tmp_path):
@@ -486,12 +474,11 @@ def test_what_a_script_has_added_to_its_state_since_is_said():
 
 
 def test_a_checkpoint_calls_nothing(tmp_path):
-    """Neither what Python has, nor what the state itself holds, which `take` gives and the last R of the pickle would call."""
+    """Neither what Python has, nor what the state itself holds, which `take` would give and the last R of the pickle call."""
     thing = Thing()
     thing.call = lambda: (tmp_path / "called").touch()
-    stolen = [b"cutils.state\ntake\n(S'constant'\nI0\ntR)R.", b"cutils.state\ntake\n(S'kind'\nS'call'\ntR)R."]
-    for data in pickle.dumps(Trap(tmp_path / "trap")), *stolen:
-        with pytest.raises((pickle.UnpicklingError, KeyError, TypeError)):
+    for data in pickle.dumps(Trap(tmp_path / "trap")), b"cutils.state\ntake\n(S'kind'\nS'call'\ntR)R.":
+        with pytest.raises((pickle.UnpicklingError, KeyError)):
             State(dict(thing=thing), sys.modules[__name__]).read(io.BytesIO(data))
     assert list(tmp_path.iterdir()) == []
 

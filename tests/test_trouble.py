@@ -122,6 +122,7 @@ def test_spellings_of_a_wandb_agent(script):
     assert (args.track, args.hidden_sizes, args.total_steps) == (True, (32, 32), 10**6)
     assert not getattr(args, "norm_obs", False)
     assert cli(script.Args, ["--track=false", "--hidden_sizes=(8,)"]).hidden_sizes == (8,)
+    assert cli(script.Args, ["--total-steps", "3000.0"]).total_steps == 3000
     for steps in "1.5", "1e400", "1E-1":
         with pytest.raises(SystemExit):
             cli(script.Args, ["--total-steps", steps])

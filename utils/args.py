@@ -70,14 +70,15 @@ class RunArgs:
         another value than the default. Raises RunError for one that is given and differs."""
         if self.resume is None:
             return
-        config, words = read_config(self.resume), sys.argv[1:] if type(self).__module__ == "__main__" else []
+        config, main = read_config(self.resume), sys.modules["__main__"]
+        words = sys.argv[1:] if getattr(main, "Args", None) is type(self) else []
         flags = {re.sub("^__(no_)?|=.*", "", word.replace("-", "_")) for word in words if word.startswith("--")}
         defaults = type(self)()
         for field in dataclasses.fields(self):
             value, default = getattr(self, field.name), getattr(defaults, field.name)
             old = config.get(field.name, default)  # a script may have got new arguments since
-            old = tuple(old) if isinstance(old, list) else old  # JSON has neither tuples nor paths
-            old = type(default)(old) if isinstance(default, list | pathlib.PurePath) else old
+            old = tuple(old) if isinstance(old, list) and "list" not in str(field.type) else old  # JSON has neither tuples
+            old = pathlib.Path(old) if isinstance(old, str) and "Path" in str(field.type) else old  # nor paths
             if value == default and field.name not in flags:
                 setattr(self, field.name, old)
             elif value != old and field.name not in ("resume", "total_steps"):

@@ -51,7 +51,7 @@ class Logger:
         name = ["-m", ".".join(path.relative_to(root).with_suffix("").parts)] if in_folder else [os.path.relpath(script)]
         self.command = ["mpirun", "-n", str(mpi.size())] * (mpi.size() > 1) + ["python", *name]
         self.dir, self.stored, self.display = self.run.path, {}, None
-        self.signals, self.epoch, self.count, self.last_steps = Signals(), 0, 0, 0
+        self.signals, self.epoch, self.last_steps = Signals(), 0, 0
         self.start = self.last_time = time.monotonic()
 
     def epochs(self, count, model, **state):
@@ -61,7 +61,7 @@ class Logger:
         utils.state.State describes it. They are restored before the first epoch, and saved every `save_freq` epochs and after
         the last one.
         """
-        self.count, self.model, state = count, model, dict(model=model, **state)
+        self.model, state = model, dict(model=model, **state)
         self.state = State(state, sys.modules[type(self.args).__module__], self.args)
         self.modules = [x for x in state.values() if isinstance(x, torch.nn.Module)]
         if self.args.resume is not None:
@@ -87,6 +87,7 @@ class Logger:
                 self.save(keep=self.args.keep_checkpoints)
             if self.epoch < count:
                 self.stop_if_told(save=not regular)
+        self.run.finish()
 
     def store(self, **metrics):
         """Keep metrics for the next row: lists are joined, of an int the last counts, of other numbers the mean. With
@@ -138,7 +139,7 @@ class Logger:
         """Write model.pt, if `keep` a copy model_<epoch>.pt too, and the checkpoint; collective over the ranks. Raises RunError if
         a weight is not finite, if the ranks' weights differ, or if a file cannot be written: the one before is left as it was."""
         mpi.check_equal(*self.modules)
-        for name, tensor in (item for module in self.modules for item in module.named_parameters()):
+        for name, tensor in (item for module in self.modules for item in module.state_dict().items()):
             if not torch.isfinite(tensor).all():
                 raise RunError(f"parameter {name} is not finite at step {self.last_steps:,}; model.pt is left as it was")
         now = time.monotonic()
@@ -158,11 +159,7 @@ class Logger:
         return self
 
     def __exit__(self, kind, error, trace):
-        """End the display, the files and the W&B run; and all ranks, if this one is leaving early. A script that breaks off the
-        loop has finished the run: it is saved."""
-        if kind is None and self.epoch < self.count:
-            self.epoch += 1
-            self.save(keep=self.args.keep_checkpoints)
+        """End the display, the files and the W&B run; and all ranks, if this one is leaving early."""
         self.signals.__exit__()
         if self.display:
             self.display.close()

@@ -138,7 +138,7 @@ def plot(runs, value=("Performance",), xaxis="TotalEnvInteracts", smooth=1, est=
         bands = dict(std="standard deviation", ci=f"bootstrapped 95% interval of the {est}")
         caption = "single runs" if count else f"{est} over {seeds} seeds, band: {bands[band]}" if max(sizes) > 1 else "1 seed"
         caption += f"; smoothed over {smooth} epochs" if smooth > 1 else ""
-        if "Performance" in value and len({run.rows.get("AverageTestEpRet", pd.Series()).isna().all() for run in runs}) > 1:
+        if "Performance" in value and len({"AverageTestEpRet" in run.rows.dropna(axis=1, how="all") for run in runs}) > 1:
             caption += "; test return where there is one, else training return"
         fig.align_ylabels()
         _add_legend(fig, axes, handles, caption.capitalize())

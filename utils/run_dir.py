@@ -43,6 +43,11 @@ def writing(path):
             part.unlink(missing_ok=True)
 
 
+def as_json(x, **options):
+    """JSON of data in which NumPy's numbers and paths may be, too."""
+    return json.dumps(x, default=lambda x: x.tolist() if hasattr(x, "tolist") else os.fspath(x), **options)
+
+
 def read_config(run_dir):
     """config.json of a run directory, as a dict. Raises RunError if there is none that can be read."""
     path = pathlib.Path(run_dir) / "config.json"
@@ -142,8 +147,9 @@ class RunDir:
         try:
             import fcntl
 
-            if self.lock is None:  # of a file, which NFS locks for all its machines; 0 where stdin is closed
-                self.lock = os.open(self.path / self.script.name, os.O_RDWR)
+            copy = self.path / self.script.name  # a file, which NFS locks for all its machines
+            if self.lock is None:  # 0 where stdin is closed
+                self.lock = os.open(copy, os.O_RDWR) if os.access(copy, os.W_OK) else os.open(self.path, os.O_RDONLY)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"--resume {self.path}: this run is still going on, in another process") from None
@@ -156,8 +162,7 @@ class RunDir:
 
     def _write_config(self, finished):
         self.config["finished"] = finished
-        plain = lambda x: x.tolist() if hasattr(x, "tolist") else os.fspath(x)  # noqa: E731  # NumPy's numbers, paths
-        self.write("config.json", (json.dumps(self.config, indent=2, default=plain) + "\n").encode())
+        self.write("config.json", (as_json(self.config, indent=2) + "\n").encode())
 
     def _table(self, columns, rows):
         lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
@@ -222,12 +227,14 @@ class RunDir:
             put(states)
         return info
 
-    def close(self, failed):
-        """Note that the run is finished, unless it has failed; end the W&B run and the lock; remove the directory of a new run
-        that has failed before its first row."""
-        if not failed and mpi.rank() == 0:
+    def finish(self):
+        """Note in config.json that all steps are done."""
+        if mpi.rank() == 0:
             with contextlib.suppress(RunError):  # all else is saved
                 self._write_config(finished=True)
+
+    def close(self, failed):
+        """End the W&B run and the lock; remove the directory of a new run that has failed before its first row."""
         if self.tracker:
             self.tracker("save", str(self.path / "model.pt"), str(self.path), "now")
             self.tracker("save", str(self.path / self.script.name), str(self.path), "now")

@@ -46,7 +46,7 @@ class State:
     What is there from the start is changed in place: modules, optimizers, environments and random generators by their own
     functions, objects attribute by attribute, arrays and tensors that have kept their shape. What has come since is built anew:
     plain values, containers, arrays, tensors, and the NamedTuples, enums and dataclasses of `module`, the script. The file is
-    a pickle whose reader knows nothing but these, so it runs no code. Raises RunError for what does not survive a round trip.
+    a pickle whose reader knows nothing but these, so it runs no code. Raises RunError for what cannot be written and read.
     """
 
     def __init__(self, things, module, args=None):
@@ -156,7 +156,8 @@ class Reader(pickle.Unpickler):
         live = None if number is None else self.state.known[number]
         if kind == "state":
             saved_state = Reader(io.BytesIO(*saved), self.state).load()
-            self.state.begun and state_functions(live)[1](saved_state)
+            if self.state.begun:
+                state_functions(live)[1](saved_state)
         if kind not in ("tensor", "array", "scalar"):
             return live
         dtype, shape, device, data = saved
