@@ -193,7 +193,8 @@ def sweep(script, grid, **options):
 
     grid: a dict from an argument's name to its values, a list or any iterable but a string; for an argument that is a tuple
     itself, a tuple is one value unless it holds tuples. options: the other fields of Args, such as workers=2. Returns the Runs,
-    each with name, seed, run_dir (None if there is none) and returncode. Raises RunError before any starts if one would refuse its arguments.
+    each with name, seed, run_dir (None if there is none) and returncode. Raises RunError before any starts if one would refuse
+    its arguments.
     """
     arguments.cache_clear()  # a script may have changed since
     args = Args(tuple(map(str, [script] if isinstance(script, str | Path) else script)), **options)
