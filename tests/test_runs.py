@@ -303,6 +303,14 @@ def test_wandb_offline(tmp_path):
     assert "secret0" not in done.stdout + done.stderr
 
 
+def test_actions_of_an_endless_episode_are_not_kept_for_ever():
+    env = make_env("Count-v0", length=10**6)
+    env.reset(seed=0)
+    env.ep_len = 100_000
+    env.step(env.action_space.sample())
+    assert env.actions == []
+
+
 def test_the_replay_size_that_is_suggested_fits():
     args = ddpg.Args(env_id="Pendulum-v1", replay_size=10**14, total_steps=10**13)
     with pytest.raises(RunError, match="try --replay-size") as error:
