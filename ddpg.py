@@ -32,7 +32,7 @@ from utils.optim import Adam
 class Args(RunArgs):
     action_spaces: ClassVar = (Box,)  # that the policy can handle
     env_id: str = "HalfCheetah-v4"  # a Gymnasium environment with flat observations and bounded continuous actions
-    seed: AtLeast0 = 0  # seed of the networks, environments, noise and minibatches
+    seed: AtLeast0 = 0  # seed of the networks, environments, actions and minibatches
     total_steps: AtLeast1 = 1_000_000  # environment steps in all, rounded up to whole epochs
     steps_per_epoch: TotalOfEnvs = 10_000  # environment steps between two rows of the log, and between two tests
     num_envs: EnvsOfRanks = 1  # environments, stepped one after the other; at least one per MPI process
@@ -234,16 +234,14 @@ def train(args):
     """Train as `args` (an Args) says and return the targets' ActorCritic, a moving average, which is the one that is tested
     and saved. Raises RunError for what cannot work."""
     seeds = set_up(args)
-    ranks = mpi.size()
-    num_envs = max(args.num_envs, ranks)  # one for each rank at least
-    envs = [make_env(args.env_id, args.max_ep_len) for _ in range(num_envs // ranks)]
+    envs = [make_env(args.env_id, args.max_ep_len) for _ in range(max(1, args.num_envs // mpi.size()))]  # one at least
     ac = ActorCritic(envs[0].observation_space, envs[0].action_space, args)
     mpi.broadcast(ac)
     ac_targ = copy.deepcopy(ac).requires_grad_(False)
     pi_optimizer = Adam(ac.pi.parameters(), lr=args.pi_lr)
     q_optimizer = Adam(ac.q.parameters(), lr=args.q_lr)
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
-    buffer = ReplayBuffer(envs, min(args.replay_size, epochs * args.steps_per_epoch) // ranks, seeds)
+    buffer = ReplayBuffer(envs, min(args.replay_size, epochs * args.steps_per_epoch) // mpi.size(), seeds)
     test_env = make_env(args.env_id, args.max_ep_len)
     test_env.reset(seed=int(seeds.integers(2**31)))
 
@@ -256,7 +254,7 @@ def train(args):
                 ep_rets, ep_lens = buffer.collect(ac, min(start + args.update_every, epoch_end), args.start_steps)
                 if buffer.steps >= args.update_after:
                     for _ in range(start, buffer.steps):  # as many updates as steps
-                        batch = buffer.sample(args.batch_size // ranks, ac.device)
+                        batch = buffer.sample(args.batch_size // mpi.size(), ac.device)
                         metrics |= update(ac, ac_targ, pi_optimizer, q_optimizer, batch, args)
                 # metrics of the block's last update; none before the first
                 logger.store(EpRet=ep_rets, EpLen=ep_lens, TotalEnvInteracts=buffer.steps, **metrics)

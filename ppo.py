@@ -139,14 +139,13 @@ class RunningStats(nn.Module):
 
 def mlp(sizes, activation, out_gain):
     """Linear layers with orthogonal weights, zero biases, and the activation between them. `out_gain` scales the last one."""
-    layers = []
-    for i, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
-        is_last = i == len(sizes) - 2
+    layers, gains = [], [2**0.5] * (len(sizes) - 2) + [out_gain]
+    for n_in, n_out, gain in zip(sizes[:-1], sizes[1:], gains, strict=True):
         linear = nn.Linear(n_in, n_out)
-        nn.init.orthogonal_(linear.weight, out_gain if is_last else 2**0.5)
+        nn.init.orthogonal_(linear.weight, gain)
         nn.init.zeros_(linear.bias)
-        layers += [linear] if is_last else [linear, activation()]
-    return nn.Sequential(*layers)
+        layers += [linear, activation()]
+    return nn.Sequential(*layers[:-1])
 
 
 class Gaussian(NamedTuple):
@@ -343,14 +342,13 @@ def train(args):
     mpi.broadcast(ac)
     log_std = [p for name, p in ac.pi.named_parameters() if name == "log_std"]  # none where actions are discrete
     others = [p for name, p in ac.pi.named_parameters() if name != "log_std"]
-    rates = (args.pi_lr, args.std_lr, args.vf_lr)
     optimizer = Adam([{"params": params} for params in (others, log_std, ac.v.parameters())], eps=1e-5)  # eps of OpenAI Baselines
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
     buffer = Buffer(envs, args.steps_per_epoch // args.num_envs, seeds)
 
     with Logger(args, __file__) as logger:
         for epoch in logger.epochs(epochs, model=ac, optimizer=optimizer, buffer=buffer):  # all that --resume restores
-            for group, lr in zip(optimizer.param_groups, rates, strict=True):
+            for group, lr in zip(optimizer.param_groups, (args.pi_lr, args.std_lr, args.vf_lr), strict=True):
                 group["lr"] = lr * (1 - epoch / epochs)
             ep_rets, ep_lens = buffer.collect(ac)
             metrics = update(ac, optimizer, buffer.batch(ac), args)

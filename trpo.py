@@ -146,14 +146,13 @@ class RunningStats(nn.Module):
 
 def mlp(sizes, activation, out_gain):
     """Linear layers with orthogonal weights, zero biases, and the activation between them. `out_gain` scales the last one."""
-    layers = []
-    for i, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
-        is_last = i == len(sizes) - 2
+    layers, gains = [], [2**0.5] * (len(sizes) - 2) + [out_gain]
+    for n_in, n_out, gain in zip(sizes[:-1], sizes[1:], gains, strict=True):
         linear = nn.Linear(n_in, n_out)
-        nn.init.orthogonal_(linear.weight, out_gain if is_last else 2**0.5)
+        nn.init.orthogonal_(linear.weight, gain)
         nn.init.zeros_(linear.bias)
-        layers += [linear] if is_last else [linear, activation()]
-    return nn.Sequential(*layers)
+        layers += [linear, activation()]
+    return nn.Sequential(*layers[:-1])
 
 
 class Gaussian(NamedTuple):
@@ -410,8 +409,7 @@ def train(args):
 
     with Logger(args, __file__) as logger:
         for epoch in logger.epochs(epochs, model=ac, optimizer=optimizer, buffer=buffer):  # all that --resume restores
-            for group in optimizer.param_groups:
-                group["lr"] = args.vf_lr * (1 - epoch / epochs)
+            optimizer.param_groups[0]["lr"] = args.vf_lr * (1 - epoch / epochs)
             ep_rets, ep_lens = buffer.collect(ac)
             metrics = update(ac, optimizer, buffer.batch(ac), args)
             ac.obs_stats.update(torch.as_tensor(buffer.obs, device=ac.device))  # not earlier: pi_old is the policy that acted

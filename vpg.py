@@ -136,14 +136,13 @@ class RunningStats(nn.Module):
 
 def mlp(sizes, activation, out_gain):
     """Linear layers with orthogonal weights, zero biases, and the activation between them. `out_gain` scales the last one."""
-    layers = []
-    for i, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
-        is_last = i == len(sizes) - 2
+    layers, gains = [], [2**0.5] * (len(sizes) - 2) + [out_gain]
+    for n_in, n_out, gain in zip(sizes[:-1], sizes[1:], gains, strict=True):
         linear = nn.Linear(n_in, n_out)
-        nn.init.orthogonal_(linear.weight, out_gain if is_last else 2**0.5)
+        nn.init.orthogonal_(linear.weight, gain)
         nn.init.zeros_(linear.bias)
-        layers += [linear] if is_last else [linear, activation()]
-    return nn.Sequential(*layers)
+        layers += [linear, activation()]
+    return nn.Sequential(*layers[:-1])
 
 
 class Gaussian(NamedTuple):

@@ -44,7 +44,8 @@ def pytest_cmdline_main(config):
     original = max(originals, key=lambda path: difflib.SequenceMatcher(None, path.read_text().splitlines(), lines).ratio())
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder, "copy")
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "venv", "data", "wandb", "__pycache__"))
+        runs = ("data", "wandb", "checkpoint", "*.pt")
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "venv", "__pycache__", *runs))
         (copy / original.name).write_text(text)
         tests = [f"tests/test_{name}.py" for name in ("math", "off_policy", "runs", "resume", "mpi", "trouble")]
         print(f"{config.option.script} in the place of {original.name}", flush=True)

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import ddpg  # noqa: E402
 from ddpg import ActorCritic, Args, train  # noqa: E402, F401
+from utils.args import cli  # noqa: E402
 
 
 class Critic(ddpg.Critic):
@@ -30,4 +30,4 @@ def q_loss(q, target):  # (B, 1) and (B, B)
 ddpg.Critic, ddpg.q_loss, ddpg.__file__ = Critic, q_loss, __file__  # by the last one runs know their script
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    train(cli(Args))

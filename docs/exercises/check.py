@@ -89,6 +89,7 @@ def one_update(script, batch, *turn, **changes):
 
 def train(script, args, goal):
     """Train, then say what ten deterministic episodes return on average and whether that reaches the goal."""
+    args.exp_name = args.exp_name.replace(":", "-")  # of an environment in a module
     ac, env = script.train(args), gym.make(args.env_id, max_episode_steps=args.max_ep_len)
     total = 0.0
     for seed in range(10):

@@ -49,8 +49,9 @@ def asked_for(actor_class):
             nn.init.normal_(p)
         start = actor.state_dict().get("log_std", torch.zeros(0)).clone()
         actor.load_state_dict(trained.state_dict())  # an error here: a parameter is missing, or has another name or shape
-        pi = actor(obs)
-        return {"log_prob": pi.log_prob(act), "entropy": pi.entropy(), "mode": pi.mode, "log_std at the start": start}
+        pi, learning = actor(obs), sum(p.numel() for p in actor.parameters() if p.requires_grad)
+        asked = {"the number of weights that an optimizer moves": torch.tensor(learning)}
+        return asked | {"log_prob": pi.log_prob(act), "entropy": pi.entropy(), "mode": pi.mode, "log_std at the start": start}
 
     return ask
 

@@ -35,9 +35,9 @@ def update(ac, ac_targ, pi_optimizer, q_optimizer, batch, args, policy_turn):
 def moved_by(update):
     """A function that says how far such an update moves each network."""
 
-    def move(batch, policy_turn, target_noise):
+    def move(batch, policy_turn, target_noise, noise_clip=0.5):
         with patch.object(td3, "update", update):
-            return check.one_update(td3, batch, policy_turn, target_noise=target_noise)
+            return check.one_update(td3, batch, policy_turn, target_noise=target_noise, noise_clip=noise_clip)
 
     return move
 
@@ -50,6 +50,7 @@ CASES = {
     "none terminates, no noise": dict(batch=GOES_ON, policy_turn=False, target_noise=0.0),
     "noise": dict(batch=GOES_ON, policy_turn=False, target_noise=0.1),
     "noise beyond its clip": dict(batch=GOES_ON, policy_turn=False, target_noise=5.0),
+    "noise beyond the actions' bounds": dict(batch=GOES_ON, policy_turn=False, target_noise=5.0, noise_clip=3.0),
     "the policy's turn": dict(batch=GOES_ON, policy_turn=True, target_noise=0.1),
 }
 
