@@ -11,10 +11,10 @@ tested here as the other three files test theirs, without noise: 5 episodes each
 
 Started again after an interruption, the benchmark goes on where it was: runs whose curve is there with the same arguments
 are left out, runs that are finished in --data-dir are kept, and unfinished ones are resumed from their checkpoint. Runs of
-other code than the script has now are made anew, with a line that says so. A curve whose run is gone keeps no code: delete the
-curves that a change of the code could have changed. With another --results and another --data-dir the benchmark is run anew;
-curves of the studies always go to benchmark/studies. A run of DDPG, TD3 or SAC takes an hour or more of one core, the others
-minutes.
+other code than the script has now are made anew, with a line that says so; of a study's script only its own file is compared. A
+curve whose run is gone keeps no code: delete the curves that a change of the code could have changed. With another --results and
+another --data-dir the benchmark is run anew; curves of the studies always go to benchmark/studies. A run of DDPG, TD3 or SAC
+takes an hour or more of one core, the others minutes.
 """
 
 import contextlib
