@@ -44,6 +44,7 @@ class Args(RunArgs):
     polyak: Fraction = 0.995  # how much of the target networks stays at each of their updates
     pi_lr: Positive = 1e-3  # learning rate of the actor
     q_lr: Positive = 1e-3  # learning rate of the critic
+    q_weight_decay: NonNegative = 0.0  # L2 penalty on the critic's weights; the paper's is 0.01
     batch_size: TotalOfRanks = 128  # transitions in a gradient step
     replay_size: TotalOfRanks = 1_000_000  # transitions that the replay buffer holds
     start_steps: AtLeast0 = 10_000  # steps of uniformly random actions at the start
@@ -239,7 +240,7 @@ def train(args):
     mpi.broadcast(ac)
     ac_targ = copy.deepcopy(ac).requires_grad_(False)
     pi_optimizer = Adam(ac.pi.parameters(), lr=args.pi_lr)
-    q_optimizer = Adam(ac.q.parameters(), lr=args.q_lr)
+    q_optimizer = Adam(ac.q.parameters(), lr=args.q_lr, weight_decay=args.q_weight_decay)
     epochs = math.ceil(args.total_steps / args.steps_per_epoch)
     buffer = ReplayBuffer(envs, min(args.replay_size, epochs * args.steps_per_epoch) // mpi.size(), seeds)
     test_env = make_env(args.env_id, args.max_ep_len)

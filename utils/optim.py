@@ -16,11 +16,11 @@ def fast_products(width):
 
 
 class Adam(torch.optim.Optimizer):
-    """torch.optim.Adam(fused=True), to the bit, without its options and most of the time it spends in Python. arXiv:1412.6980.
+    """torch.optim.Adam(fused=True), to the bit, without most of its options and of the time it spends in Python. arXiv:1412.6980.
     A group has one count of steps."""
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps))
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def add_param_group(self, group):  # the base class adds its first groups so, too
         super().add_param_group(group)
@@ -40,9 +40,9 @@ class Adam(torch.optim.Optimizer):
             rows = [(p, p.grad, *state) for p, *state in rows if p.grad is not None]
             if rows:
                 params, grads, means, squares, steps = zip(*rows, strict=True)
-                (beta1, beta2), plain = group["betas"], dict(weight_decay=0.0, amsgrad=False, maximize=False)
+                options = {name: group[name] for name in ("lr", "eps", "weight_decay")}
+                options |= dict(zip(("beta1", "beta2"), group["betas"], strict=True), amsgrad=False, maximize=False)
                 steps[0].add_(1)
-                rates = dict(lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"])
-                torch._fused_adam_(params, grads, means, squares, [], steps, **rates, **plain)
+                torch._fused_adam_(params, grads, means, squares, [], steps, **options)
 
     step.hooked = True  # else torch.optim.Optimizer wraps it for the profiler, which takes nearly as long as the step itself
