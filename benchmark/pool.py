@@ -193,12 +193,10 @@ def execute(runs, workers, ended=lambda run: None):
 def interruptible(*command):
     """Lets the signals that would end this process raise KeyboardInterrupt, and prints the words of the command to go on."""
 
-    told = [-1.0]
-
     def interrupt(signum, frame):
-        if time.monotonic() > told[0] + 1:  # a terminal that closes may send it twice
-            told[0] = time.monotonic()
-            raise KeyboardInterrupt(signum)
+        if signum != signal.SIGINT:
+            signal.signal(signum, signal.SIG_IGN)  # a terminal that closes may send it twice
+        raise KeyboardInterrupt(signum)
 
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # the last one even in a background job, which ignores it
         if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:

@@ -136,11 +136,9 @@ def main(args):
     if not found:
         raise RunError(f"no finished runs below {', '.join(map(str, args.paths))}")
     names = [run.dir.name for experiment in found for run in experiment.runs.values()]
-    if args.save and len(set(names)) < len(names):
-        raise RunError(f"--save: two of the runs are called {max(names, key=names.count)}; keep them in different directories")
-    there = [name for name in names if args.save and (args.save / f"{name}.csv").exists()]
-    if there:
-        raise RunError(f"--save {args.save}: {there[0]}.csv is there already; take another directory, or delete it")
+    for name in names if args.save else ():
+        if names.count(name) > 1 or (args.save / f"{name}.csv").exists():
+            raise RunError(f"--save {args.save}: {name}.csv is there already, or two runs are called so; take another directory")
     width = max(len("experiment"), *(len(experiment.name) for experiment in found))
     header = f"{'environment':16} {'seeds':>6}{'best':>8}{'best of mean':>14}{'final':>8}{'steps/s':>9}   best of each seed"
     print(f"{'experiment':{width}} {header}")

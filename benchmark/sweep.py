@@ -125,7 +125,7 @@ def plan(args, grid):
     rest = ["--data-dir", os.path.expanduser(args.data_dir)] + ["--torch-threads", "1"] * ("torch-threads" not in flags)
     rest += ["--wandb-group", args.exp_name or "_".join(stems.values())] * ("track" in flags and "wandb-group" not in flags)
     known = {flag for script in args.scripts for flag in arguments(script)[1]}
-    runs, seen = [], {}
+    runs = []
     for script in args.scripts:
         Args, types = arguments(script)
         keys = [key for key in grid if flag_of(key) in types or flag_of(key) not in known]  # what is unknown it refuses itself
@@ -142,13 +142,8 @@ def plan(args, grid):
             parts += [safe(run_args.env_id)] * bool(args.exp_name and several_envs)
             parts += [safe(short[k] + v.strip("[]")).replace(".", "-") for k, v in zip(keys, values, strict=True) if k in short]
             run = Run("_".join(parts), run_args.seed, args=run_args)
-            for key in (str(run), f"{script} {run_args}"):
-                if key in seen:
-                    raise RunError(
-                        f"`{seen[key]}` and `{script} {shlex.join(argv)}` are the same run, or would both be called {run}: "
-                        "leave one out, or give it a sweep of its own with another --exp-name"
-                    )
-                seen[key] = f"{script} {shlex.join(argv)}"
+            if str(run) in map(str, runs):
+                raise RunError(f"two runs would be called {run}: leave one out, or sweep it on its own with another --exp-name")
             run_args.exp_name = run.name
             launcher = ["mpirun", "-n", str(args.mpi)] * (args.mpi > 1) + [sys.executable, script]
             if Path(script).resolve().parent != ROOT:  # where it does not find utils/ by itself

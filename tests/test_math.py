@@ -65,21 +65,6 @@ def test_cut_by_the_end_of_the_batch(script):
     assert ret.squeeze(-1).tolist() == pytest.approx([20 - 17, 0 + 10], abs=1e-4)
 
 
-def test_two_environments_out_of_phase(script):
-    """Episodes of 3 and of 2 steps side by side, 4 steps of each: every column is that of its environment alone."""
-    args, ac, _ = make(script, "Count-v0", 1, 4)
-    envs = [make_env("Count-v0", length=3), make_env("Count-v0", length=2)]
-    both = script.Buffer(envs, 4, np.random.default_rng(0))
-    both.collect(ac)
-    _, ret = returns(script, args, ac, both.batch(ac))
-    for i in range(2):
-        alone = script.Buffer([make_env("Count-v0", length=3 - i)], 4, np.random.default_rng(0))
-        alone.collect(ac)
-        _, expected = returns(script, args, ac, alone.batch(ac))
-        assert torch.allclose(ret[:, i], expected[:, 0], atol=1e-4)
-    assert both.terminated.T.tolist() == [[0, 0, 1, 0], [0, 1, 0, 1]]
-
-
 def test_first_episodes_end_at_different_times(script, monkeypatch):
     """4 environments with a limit of 8: their first episodes are truncated after 2, 4, 6, 8 steps, all later ones after 8."""
     args, ac, _ = make(script, "Count-v0", 1, 4)
@@ -91,7 +76,10 @@ def test_first_episodes_end_at_different_times(script, monkeypatch):
     seen = buffer.next_obs[..., 0].T[buffer.done.T == 1]  # not what the reset showed
     assert seen.tolist() == [2, 8, 8, 4, 8, 8, 6, 8, 8, 8, 8, 8]
     _, ret = returns(script, args, ac, buffer.batch(ac))
-    assert ret[[1, 9], 0].tolist() == pytest.approx([2 + GAMMA * 20, 8 + GAMMA * 80], abs=1e-4)
+    later, ends = torch.as_tensor(buffer.next_obs[..., 0]), torch.as_tensor(buffer.done == 1)
+    ends[-1] = True
+    val, after = 10 * later, torch.where(ends, 10 * later, ret.roll(-1, 0))  # V(next_obs), and what the return goes on with
+    assert torch.allclose(ret, later + GAMMA * ((1 - LAM) * val + LAM * after), rtol=1e-4)  # rewards are the next observations
     monkeypatch.setattr(mpi, "size", lambda: 2)
     monkeypatch.setattr(mpi, "rank", lambda: 1)  # with the other half of 8
     script.Buffer(envs, 24, np.random.default_rng(0))
@@ -119,10 +107,6 @@ def test_discrete_actions_begin_at_start(script):
     assert torch.allclose(buffer.batch(ac).logp, expected, atol=1e-6)
 
 
-def exact_kl(p, q):
-    return kl_divergence(*(Independent(Normal(pi.mean, pi.std), 1) for pi in (p, q))).mean()
-
-
 def test_samples_of_the_gaussian(script):
     torch.manual_seed(0)
     p = script.Gaussian(torch.randn(5, 4, 3), torch.tensor([0.1, 1.0, 3.0]))
@@ -135,7 +119,7 @@ def test_adam_is_pytorchs():
     torch.manual_seed(0)
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in ((3, 2), (2,), (4,))] for _ in range(2))
     pairs = [(ours, Adam), (theirs, partial(torch.optim.Adam, fused=True))]
-    optimizers = [make([{"params": p[:2], "lr": 0.1}, {"params": p[2:], "lr": 0.2}], eps=1e-5) for p, make in pairs]
+    optimizers = [make([{"params": p[:2], "lr": 0.1}, {"params": p[2:], "lr": 0.2}], eps=1e-5, weight_decay=0.1) for p, make in pairs]
     for step in range(6):
         if step == 3:
             state = copy.deepcopy(optimizers[0].state_dict())
@@ -294,16 +278,14 @@ def test_ppo_gradient_vanishes_beyond_the_clip():
     assert logp.grad.tolist() == pytest.approx([0, 0, math.e / 4, -math.exp(-1) / 4], abs=1e-6)
 
 
-@pytest.mark.parametrize("target_kl, kl, passes", [(1e-9, None, 1), (1e9, None, 4), (0.1, 0.14, 4), (0.1, 0.16, 1)])
-def test_ppo_stops_after_the_pass_that_went_too_far(target_kl, kl, passes, monkeypatch):
+@pytest.mark.parametrize("kl, passes", [(0.14, 4), (0.16, 1)])
+def test_ppo_stops_after_the_pass_that_went_too_far(kl, passes, monkeypatch):
     """At one and a half times its target."""
-    args, ac, buffer = make(ppo, "CartPole-v1", 2, 100, target_kl=target_kl, train_iters=4)
+    args, ac, buffer = make(ppo, "CartPole-v1", 2, 100, target_kl=0.1, train_iters=4)
     buffer.collect(ac)
     before = ac.pi.net[0].weight.clone()
-    if kl:
-        monkeypatch.setattr(ppo, "approx_kl", lambda *args: torch.tensor(kl))
+    monkeypatch.setattr(ppo, "approx_kl", lambda *args: torch.tensor(kl))
     assert ppo.update(ac, torch.optim.Adam(ac.parameters(), 1e-3), buffer.batch(ac), args)["StopIter"] == passes
-    assert ac.ret_stats.count == 200
     assert not torch.equal(before, ac.pi.net[0].weight)
 
 
@@ -326,42 +308,24 @@ def test_trpo_conjugate_gradient_solves_the_system():
     assert torch.allclose(x, torch.linalg.solve(matrix, 1e-4 * b), rtol=1e-3, atol=1e-9)
 
 
-def test_trpo_natural_step_goes_along_the_natural_gradient_and_has_length_delta():
-    """npg's step is along (H + damping I)^-1 g, g the ascent direction, and its KL is delta to second order."""
-    args, ac, batch, params, adv, pi_old = trpo_parts(algo="npg", delta=1e-5, damping_coeff=1e-3, cg_iters=100)
-    old = torch.cat([p.detach().flatten() for p in params])
-    kl = exact_kl(pi_old, ac.pi(batch.obs))
-    product = trpo.fisher_vector_product(kl, params, args.damping_coeff)
-    matrix = torch.stack([product(v) for v in torch.eye(len(old))])
-    g = trpo.flat_grad((ac.pi(batch.obs).log_prob(batch.act) * adv).mean(), params)
-    kl, backtracks = trpo.update_policy(ac, batch, adv, args)
-    step = torch.cat([p.detach().flatten() for p in params]) - old
-    assert torch.cosine_similarity(step, torch.linalg.solve(matrix, g), dim=0) > 0.999
-    exact = exact_kl(pi_old, ac.pi(batch.obs)).item()
-    assert backtracks == 0 and kl == pytest.approx(exact, rel=2e-3) and exact == pytest.approx(1e-5, rel=0.1)
-
-
-@pytest.mark.parametrize("delta, backtracks", [(1e-3, 0), (0.05, 0), (3.0, None)])
-def test_trpo_line_search_keeps_the_promise(delta, backtracks):
-    """With a small delta the first step holds; with a large one the quadratic model is wrong and steps are shortened."""
+@pytest.mark.parametrize("delta, stretch, backtracks", [(0.05, 1, 0), (3.0, 1, None), (0.02, 10, None)])
+def test_trpo_line_search_keeps_the_promise(delta, stretch, backtracks, monkeypatch):
+    """With a small delta the first step holds; with a large one the quadratic model is wrong and steps are shortened, as are steps
+    that are 10 times too long; npg takes them."""
     args, ac, batch, _, adv, pi_old = trpo_parts(delta=delta, damping_coeff=1e-3, backtrack_iters=50)
+    monkeypatch.setattr(torch, "sqrt", lambda x, sqrt=torch.sqrt: stretch * sqrt(x))
     before = trpo.policy_loss(batch.logp, batch.logp, adv)
     kl, j = trpo.update_policy(ac, batch, adv, args)
     assert j == backtracks if backtracks is not None else 0 < j < 50
     with torch.no_grad():
         pi = ac.pi(batch.obs)
-    assert kl == pytest.approx(exact_kl(pi_old, pi).item(), rel=1e-4)
+    exact = kl_divergence(*(Independent(Normal(x.mean, x.std), 1) for x in (pi_old, pi))).mean()
+    assert kl == pytest.approx(exact.item(), rel=1e-4)
     assert kl <= delta and trpo.policy_loss(pi.log_prob(batch.act), batch.logp, adv) < before
-
-
-def test_trpo_line_search_refuses_a_step_of_too_much_kl(monkeypatch):
-    """A conjugate gradient that answers 10 times too long does not matter: only the KL limit shortens the step."""
-    args, ac, batch, _, adv, _ = trpo_parts(backtrack_iters=50)
-    monkeypatch.setattr(torch, "sqrt", lambda x, sqrt=torch.sqrt: 10 * sqrt(x))
-    kl, j = trpo.update_policy(ac, batch, adv, args)
-    assert 0 < j < 50 and kl <= args.delta
-    kl, j = trpo.update_policy(ac, batch, adv, trpo.Args(algo="npg"))
-    assert j == 0 and kl > args.delta
+    if stretch > 1:
+        args.algo = "npg"
+        kl, j = trpo.update_policy(ac, batch, adv, args)
+        assert j == 0 and kl > delta
 
 
 def test_trpo_line_search_restores_the_parameters_when_nothing_helps():

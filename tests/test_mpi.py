@@ -33,13 +33,6 @@ for script in vpg, trpo, ppo:
         assert [row["TotalEnvInteracts"] for row in rows(tmp_path / name / f"{name}_s0")] == ["200", "400", "600", "800"]
 
 
-def test_an_average_has_no_gradient():
-    """In one process neither: what a loss learns from must not depend on the number of ranks."""
-    program = "import torch; from utils import mpi; x = mpi.average(2 * torch.ones(2, requires_grad=True)); mpi.rank() or print(x)"
-    for done in run(sys.executable, "-c", program, cwd=ROOT), mpirun("-c", program, cwd=ROOT):
-        assert done.stdout == "tensor([2., 2.])\n"
-
-
 def test_averaged_gradients_of_vpg_trpo_ppo_are_the_whole_batchs():
     """Each rank takes its half of a batch; statistics, gradients and Fisher-vector products equal those of the whole."""
     program = """
@@ -64,6 +57,7 @@ for script in vpg, trpo, ppo:
         mpi.average_gradients(ac.parameters())
         stats.update(batch.obs)
         product = trpo.fisher_vector_product(trpo.kl_divergence(pi_old, pi).mean(), params, 0.1)(v)
+        assert not mpi.average(v.clone().requires_grad_()).requires_grad
         return [p.grad.clone() for p in ac.parameters()], [product, stats.mean, stats.std, stats.count]
     grads, others = results(slice(2 * mpi.rank(), 2 * mpi.rank() + 2))
     mpi._comm = None  # now alone, with the whole batch
@@ -100,12 +94,8 @@ assert first == second
     mpirun("-c", program)
 
 
-@pytest.mark.parametrize(
-    "raised, words",
-    [('ValueError("broken")', ["Traceback", "ValueError: broken"]), ('SystemExit("gone")', ["[rank 1] exits: gone"])],
-    ids=["ppo-exception", "ppo-exit"],
-)
-def test_an_end_on_one_rank_ends_the_job(raised, words, tmp_path):
+@pytest.mark.parametrize("raised, words", [('ValueError("broken")', "ValueError: broken"), ('SystemExit("gone")', "exits: gone")])
+def test_an_end_on_one_rank_of_ppo_ends_the_job(raised, words, tmp_path):
     program = f"""
 import ppo
 from utils import mpi
@@ -118,7 +108,7 @@ ppo.update = broken
 ppo.train(ppo.Args(env_id="CartPole-v1", total_steps=10**6, num_envs=2, data_dir={str(tmp_path)!r}))
 """
     done = mpirun("-c", program, check=False)  # raises TimeoutExpired if a rank waits for the other
-    assert done.returncode != 0 and all(word in done.stderr for word in words)
+    assert done.returncode != 0 and words in done.stderr
 
 
 @ALL

@@ -31,10 +31,9 @@ class Total(NamedTuple):
 
 
 def _whole(words):
-    number = float(words[0]) if set("eE.") & set(words[0]) else int(words[0])  # 1e6
-    if not math.isfinite(number) or number != int(number):
-        raise ValueError(f"{words[0]} is no whole number")
-    return int(number)
+    if set("eE.") & set(words[0]) and float(words[0]).is_integer():  # 1e6
+        return int(float(words[0]))
+    return int(words[0])
 
 
 _INT = PrimitiveConstructorSpec(1, "INT", _whole, lambda x: isinstance(x, int), lambda x: [str(x)])

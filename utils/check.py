@@ -1,6 +1,6 @@
 """What is refused before work starts."""
 
-import importlib.util
+import contextlib
 import math
 import re
 import sys
@@ -38,8 +38,6 @@ def check(args, ranks=None):
     """
     ranks = ranks or mpi.size()
     check_ranges(args, ranks=ranks, environments=max(getattr(args, "num_envs", 1), ranks))
-    if args.track and importlib.util.find_spec("wandb") is None:
-        raise RunError("--track: wandb is not installed; pip install wandb")
     if args.exp_name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+=,-]*", args.exp_name):
         raise RunError(f"--exp-name {args.exp_name!r}: use letters, digits and _ . + = , - only, and begin with no sign")
     try:
@@ -60,12 +58,10 @@ def _rules(hint, value):
 def silence_environments():
     """Drop two warnings that nobody here can mend: that v4 is out of date, and of an attribute in MuJoCo's models."""
     gym.logger.min_level = gym.logger.ERROR
-    try:
+    with contextlib.suppress(ImportError, AttributeError):  # not installed, or too old to warn
         import mujoco
 
         mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(f"MuJoCo: {text}", file=sys.stderr))
-    except (ImportError, AttributeError):
-        pass  # not installed, or too old to warn
 
 
 def _check_env(args):
@@ -79,28 +75,18 @@ def _check_env(args):
     args.env_id = args.env_id[: args.env_id.rfind(":") + 1] + env.spec.id
     env.close()
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
-        raise RunError(
-            f"{flag}: its observations are {obs_space}, but the networks take a flat Box of shape (n,). "
-            "Wrap the environment with gymnasium.wrappers.FlattenObservation and register the wrapped one"
-        )
+        raise RunError(f"{flag}: its observations are {obs_space}, no flat Box; register it with wrappers.FlattenObservation")
     flat_box = isinstance(act_space, gym.spaces.Box) and len(act_space.shape) == 1 and act_space.dtype.kind == "f"
-    kind = gym.spaces.Discrete if isinstance(act_space, gym.spaces.Discrete) else gym.spaces.Box if flat_box else None
-    if kind not in args.action_spaces:
-        can = {gym.spaces.Discrete: "vpg.py, trpo.py and ppo.py can", gym.spaces.Box: "all scripts can"}
-        who = can.get(kind, "no script here can; wrap it to Discrete or to a float Box of shape (n,)")
+    if not isinstance(act_space, args.action_spaces) or not (flat_box or isinstance(act_space, gym.spaces.Discrete)):
+        who = "all scripts can handle a float Box of shape (n,); vpg.py, trpo.py and ppo.py Discrete, too"
         raise RunError(f"{flag}: this algorithm cannot handle its action space {act_space}; {who}")
     if not hasattr(args, "replay_size"):
         return
-    with np.errstate(over="ignore"):
-        unbounded = kind is gym.spaces.Box and not np.isfinite(np.float32(act_space.high) - np.float32(act_space.low)).all()
-    if unbounded:
+    if flat_box and not (np.abs((act_space.low, act_space.high)) < 1e30).all():  # in float32 their distance, too, is finite
         raise RunError(f"{flag}: needs bounded actions, not {act_space}; vpg.py, trpo.py and ppo.py can do without")
     total = math.ceil(args.total_steps / args.steps_per_epoch) * args.steps_per_epoch
-    batch_size, after, start, tests = (  # which a copied script may do without
-        getattr(args, name, None) or 0 for name in ("batch_size", "update_after", "start_steps", "num_test_episodes")
-    )
-    if batch_size > after:
-        raise RunError(f"--batch-size {batch_size}: more than --update-after {after}; try --update-after {batch_size}")
+    names = "update_after", "start_steps", "num_test_episodes"  # which a copied script may do without
+    after, start, tests = (getattr(args, name, None) or 0 for name in names)
     size = min(args.replay_size, total)
     needed = 4 * (2 * obs_space.shape[0] + math.prod(act_space.shape) + 2) * size / 2**30
     meminfo = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""

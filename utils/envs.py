@@ -49,8 +49,6 @@ class Episodes(gym.Wrapper):
     def load_state_dict(self, state):
         """Repeat the episode; one that comes to another observation or return, or to an error, is given up for a new one."""
         begun = state["begun"]
-        if begun is None or (self.ep_len == state["ep_len"] == 0 and begun[0] is not None and begun == self.begun):
-            return  # this is where it is
         try:
             self.reset(seed=begun[0] or 0)
             if begun[0] is None:

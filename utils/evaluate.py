@@ -5,7 +5,7 @@
     python -m utils.evaluate data/ppo_Walker2d-v4/ppo_Walker2d-v4_s0 --video walk.mp4 -n 1
 
 env, act = load_policy("data/ppo_Walker2d-v4/ppo_Walker2d-v4_s0", render_mode="rgb_array")
-results = film(env, act, "walk.mp4")
+results = list(play(env, act, video="walk.mp4"))  # returns and lengths
 
 Nothing in the run directory is changed, and nothing in it is executed: the weights are loaded with `weights_only=True`,
 and the script whose name stands in config.json is the one of that name next to utils/, or in a folder there.
@@ -16,10 +16,9 @@ import ctypes.util
 import importlib.util
 import json
 import os
-import re
 import sys
 from dataclasses import dataclass, fields
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -72,10 +71,15 @@ def load_policy(run_dir, itr=None, render_mode=None):
     run_dir = Path(run_dir)
     config = read_config(run_dir) | {"device": "cpu", "resume": None}
     env_id, name = str(config.get("env_id")), config["script"]
-    weights = _read_weights(run_dir, itr)
-    plain = PureWindowsPath(name).name == name and re.fullmatch(r"[^*?[]+\.py", name)
-    paths = (ROOT / name, *ROOT.glob(f"*/{name}"), *ROOT.glob(f"*/*/{name}")) if plain else ()  # the last is a study's
-    paths = (p for p in paths if p.is_file() and not any((ROOT / d / "config.json").exists() for d in p.relative_to(ROOT).parents))
+    weights_path = run_dir / ("model.pt" if itr is None else f"model_{itr}.pt")
+    try:
+        weights = torch.load(weights_path, weights_only=True, map_location="cpu")
+    except Exception:  # torch's own message advises to load without weights_only, which would execute the file
+        there = ", ".join(sorted(p.name for p in run_dir.glob("model*.pt"))) or "no model yet"
+        text = f"does not exist, or is damaged or no file of weights: it was not loaded; there is {there}"
+        raise RunError(f"{weights_path} {text} (--keep-checkpoints keeps more than the last)") from None
+    paths = [p for folder in ("", "*/", "*/*/") for p in ROOT.glob(f"{folder}*.py") if p.name == name]  # the last is a study's
+    paths = [p for p in paths if not any((ROOT / d / "config.json").exists() for d in p.relative_to(ROOT).parents)]
     path = min(paths, key=lambda path: not same_code(run_dir, path), default=None)  # where two have its name, the run's
     if path is None:
         raise RunError(f"{run_dir / 'config.json'}: its script {name!r} is no Python file in {ROOT}; put it there")
@@ -95,23 +99,10 @@ def load_policy(run_dir, itr=None, render_mode=None):
             module = script.ActorCritic(env.observation_space, env.action_space, args)
         module.load_state_dict(weights)
     except Exception as error:  # an environment may raise anything
-        gl = f" (MUJOCO_GL is {os.environ['MUJOCO_GL']})" if "MUJOCO_GL" in os.environ and "mujoco" not in sys.modules else ""
-        raise RunError(f"{run_dir}: this run of {name} on {env_id} cannot be loaded: {one_line(error)}{gl}") from None
+        raise RunError(f"{run_dir}: this run of {name} on {env_id} cannot be loaded: {one_line(error)}") from None
     if render_mode:
         follow(env)
     return env, Policy(module.eval(), "num_test_episodes" in names)
-
-
-def _read_weights(run_dir, itr):
-    """The state_dict of the model, or of its snapshot."""
-    path = run_dir / ("model.pt" if itr is None else f"model_{itr}.pt")
-    if not path.is_file():
-        there = ", ".join(sorted(p.name for p in run_dir.glob("model*.pt"))) or "no model yet"
-        raise RunError(f"{path} does not exist; there is {there} (--keep-checkpoints keeps more than the last)")
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception:  # torch's own message advises to load without weights_only, which would execute the file
-        raise RunError(f"{path}: is no file of weights, or is damaged; it was not loaded") from None
 
 
 def import_script(path):
@@ -122,31 +113,25 @@ def import_script(path):
     return module
 
 
-def play(env, act, episodes=1, deterministic=None, max_len=None, seed=0, watch=lambda: None):
+def play(env, act, episodes=1, deterministic=None, max_len=None, seed=0, video=None):
     """Run episodes of an environment of `load_policy` or `make_env`; yields the return and the length of each.
 
-    `watch()` is called after each reset and step. Episode k depends on (seed, k) alone, and torch's random state outside stays.
+    `video` films an environment with render_mode="rgb_array": name of an .mp4 (at most 30 seconds) or a .gif (10). Episode k
+    depends on (seed, k) alone, and torch's random state outside stays. Raises RunError where nothing can be drawn or written.
     """
-    for k in range(episodes):
-        env_seed, torch_seed = map(int, np.random.SeedSequence([seed, k]).generate_state(2))
-        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-            torch.manual_seed(torch_seed)
-            (obs, _), ended = env.reset(seed=env_seed), False
-            watch()
-            while not ended and env.ep_len != max_len:
-                obs, rew, terminated, truncated, _ = env.step(act(obs, deterministic))
-                check_finite(env.ep_len - 1, observation=obs, reward=rew)
-                ended = terminated or truncated
+    with contextlib.closing(Camera(env, video)) if video else contextlib.nullcontext(lambda: None) as watch:
+        for k in range(episodes):
+            env_seed, torch_seed = map(int, np.random.SeedSequence([seed, k]).generate_state(2))
+            with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+                torch.manual_seed(torch_seed)
+                (obs, _), ended = env.reset(seed=env_seed), False
                 watch()
-        yield env.ep_ret, env.ep_len
-
-
-def film(env, act, path, episodes=1, deterministic=None, max_len=None, seed=0):
-    """Run episodes of an environment with render_mode="rgb_array" and film them. Returns a list of (return, length).
-
-    `path` is an .mp4 (at most 30 seconds) or a .gif (10). Raises RunError where nothing can be drawn or written."""
-    with contextlib.closing(Camera(env, path)) as camera:
-        return list(play(env, act, episodes, deterministic, max_len, seed, camera))
+                while not ended and env.ep_len != max_len:
+                    obs, rew, terminated, truncated, _ = env.step(act(obs, deterministic))
+                    check_finite(env.ep_len - 1, observation=obs, reward=rew)
+                    ended = terminated or truncated
+                    watch()
+            yield env.ep_ret, env.ep_len
 
 
 def evaluate(args):
@@ -160,18 +145,16 @@ def evaluate(args):
     env, act = load_policy(args.run_dir, args.itr, mode)
     deterministic = args.deterministic or (act.deterministic and not args.no_deterministic)
     rets, lens = [], []
-    with contextlib.closing(Camera(env, args.video)) if args.video else contextlib.nullcontext(lambda: None) as watch:
-        for ret, length in play(env, act, args.episodes, deterministic, args.len, args.seed, watch):
-            print(f"episode {len(rets)}  return {ret:.2f}  length {length}", flush=True)
-            rets.append(ret)
-            lens.append(length)
+    for ret, length in play(env, act, args.episodes, deterministic, args.len, args.seed, args.video):
+        print(f"episode {len(rets)}  return {ret:.2f}  length {length}", flush=True)
+        rets.append(ret)
+        lens.append(length)
     env.close()
     summary = dict(mean=np.mean(rets), std=np.std(rets), min=np.min(rets), max=np.max(rets), mean_length=np.mean(lens))
     kind = "deterministic" if deterministic else "stochastic"
     print("  ".join(f"{name} {value:.2f}" for name, value in summary.items()) + f"  ({kind} policy)")
     if args.video:
-        seconds = min(watch.calls, watch.max_calls) / watch.env_fps
-        print(f"{args.video}: {seconds:.1f} s, {args.video.stat().st_size / 1e6:.1f} MB")
+        print(f"{args.video}: {args.video.stat().st_size / 1e6:.1f} MB")
     result = dict(run_dir=str(args.run_dir), env_id=read_config(args.run_dir)["env_id"], itr=args.itr, seed=args.seed)
     result |= dict(deterministic=deterministic, video=args.video and str(args.video), returns=rets, lengths=lens)
     return result | summary

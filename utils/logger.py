@@ -82,11 +82,10 @@ class Logger:
         while self.epoch < count:
             yield self.epoch
             self.epoch += 1
-            regular = (self.epoch - 1) % self.args.save_freq == 0 or self.epoch == count
-            if regular:
+            if (self.epoch - 1) % self.args.save_freq == 0 or self.epoch == count:
                 self.save(keep=self.args.keep_checkpoints)
             if self.epoch < count:
-                self.stop_if_told(save=not regular)
+                self.stop_if_told()
         self.run.finish()
 
     def store(self, **metrics):
@@ -146,12 +145,11 @@ class Logger:
         info = dict(epoch=self.epoch, last_steps=self.last_steps, stored=self.stored, total_steps=self.args.total_steps)
         self.run.save(self.model, keep, self.state, info | dict(elapsed=now - self.start, since_row=now - self.last_time))
 
-    def stop_if_told(self, save=True):
-        """Stop the run, on all ranks, if one has got a signal."""
+    def stop_if_told(self):
+        """Stop the run with a checkpoint, on all ranks, if one has got a signal."""
         signum = max(mpi.gather(max(self.signals.got, default=0)))
         if signum:
-            if save:
-                self.save()
+            self.save()
             raise Interrupted(128 + signum)
 
     def __enter__(self):

@@ -107,7 +107,6 @@ def plot(runs, value=("Performance",), xaxis="TotalEnvInteracts", smooth=1, est=
     looks = dict(zip(dict.fromkeys(label for _, label, _ in lines), itertools.cycle(LOOKS), strict=False))
 
     env_ids = list(dict.fromkeys(run.env_id for run in runs))
-    thin = dict(linewidth=0.3, alpha=0.5) if len(lines) > len(LOOKS) * len(env_ids) else {}
     panels = list(itertools.product(value, env_ids))
     wrapped = math.ceil(len(env_ids) / math.ceil(len(env_ids) / 3))  # in rows of at most 3, as full as can be
     columns = wrapped if len(value) == 1 else len(env_ids)
@@ -121,7 +120,7 @@ def plot(runs, value=("Performance",), xaxis="TotalEnvInteracts", smooth=1, est=
                 x, line, low, high = average(curves, est, band) if curves else [()] * 4
                 if len(x):
                     marker = dict(marker="o", markersize=3) if len(x) == 1 else {}
-                    handles[label] = ax.plot(x, line, **looks[label], **thin, **marker)[0]
+                    handles[label] = ax.plot(x, line, **looks[label], **marker)[0]
                     if len(curves) > 1:
                         ax.fill_between(x, low, high, color=looks[label]["color"], alpha=0.2, linewidth=0, zorder=1.5)
                     sizes.add(len(curves))

@@ -64,11 +64,8 @@ def _connect():
         from mpi4py import MPI
     except ImportError as error:
         raise SystemExit(f"error: launched as {launched} MPI processes, but mpi4py cannot be imported: {error}") from error
-    if MPI.COMM_WORLD.Get_size() != launched:
-        raise SystemExit(
-            f"error: the launcher started {launched} processes, but mpi4py sees {MPI.COMM_WORLD.Get_size()}: mpirun and "
-            "mpi4py belong to different MPI libraries (`which mpirun` should name one inside this Python environment)"
-        )
+    if (seen := MPI.COMM_WORLD.Get_size()) != launched:
+        raise SystemExit(f"error: mpi4py sees {seen} of {launched} processes: take the mpirun of this Python environment")
     return MPI.COMM_WORLD
 
 

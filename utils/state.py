@@ -57,9 +57,7 @@ class State:
             try:
                 if isinstance(thing, tuple | frozenset | bytes | str | int | float | complex | np.generic | None):
                     raise TypeError(f"a {type(thing).__name__} cannot change; make it a tensor or an object's attribute")
-                file, arrays = io.BytesIO(), []  # in their own memory, not copied
-                Writer(file, self, buffer_callback=arrays.append).dump(thing)
-                Reader(io.BytesIO(file.getvalue()), self, buffers=arrays).load()
+                Writer(io.BytesIO(), self, buffer_callback=lambda array: None).dump(thing)  # arrays are not copied
             except Exception as error:
                 raise RunError(f"{name}: --resume could not restore it: {one_line(error)}") from error
         self.begun, self.plan = True, [*things, *(type(x).__name__ for x in self.known)]
@@ -135,8 +133,8 @@ class Writer(pickle.Pickler):
 
 
 class Reader(pickle.Unpickler):
-    def __init__(self, file, state, longer=False, **options):
-        super().__init__(file, **options)
+    def __init__(self, file, state, longer=False):
+        super().__init__(file)
         self.state, self.longer = state, longer
 
     def find_class(self, module, name):
@@ -146,8 +144,7 @@ class Reader(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds {module}.{name}")
 
     def put(self, thing, attributes):
-        if self.state.begun:  # not when it is only tried whether all can be read
-            vars(thing).update(attributes)
+        vars(thing).update(attributes)
 
     def take(self, kind, number, *saved):
         """What stands for x: the one that is there from the start, with what was saved of it, or a new array or tensor."""
@@ -155,9 +152,7 @@ class Reader(pickle.Unpickler):
             return self.state.kinds[number]
         live = None if number is None else self.state.known[number]
         if kind == "state":
-            saved_state = Reader(io.BytesIO(*saved), self.state).load()
-            if self.state.begun:
-                state_functions(live)[1](saved_state)
+            state_functions(live)[1](Reader(io.BytesIO(*saved), self.state).load())
         if kind not in ("tensor", "array", "scalar"):
             return live
         dtype, shape, device, data = saved
@@ -171,7 +166,7 @@ class Reader(pickle.Unpickler):
         part = live.detach() if kind == "tensor" else live
         part = part[: len(new)] if self.longer and new.ndim and part.ndim else part
         fits = part.shape == new.shape and part.dtype == new.dtype
-        if fits and self.state.begun:
+        if fits:
             try:
                 part[...] = new
             except (ValueError, RuntimeError):  # one number stands for many, or it is read-only
