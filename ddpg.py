@@ -44,7 +44,7 @@ class Args(RunArgs):
     polyak: Fraction = 0.995  # how much of the target networks stays at each of their updates
     pi_lr: Positive = 1e-3  # learning rate of the actor
     q_lr: Positive = 1e-3  # learning rate of the critic
-    q_weight_decay: NonNegative = 0.0  # L2 penalty on the critic's weights; the paper's is 0.01
+    q_weight_decay: NonNegative = 0.0  # L2 penalty on the critic's weights and biases; the paper's is 0.01
     batch_size: TotalOfRanks = 128  # transitions in a gradient step
     replay_size: TotalOfRanks = 1_000_000  # transitions that the replay buffer holds
     start_steps: AtLeast0 = 10_000  # steps of uniformly random actions at the start

@@ -1,4 +1,4 @@
-"""The learning benchmark: six algorithms, five environments, 1,000,000 steps, each file's own defaults; and five studies.
+"""The learning benchmark: six algorithms, five environments, 1,000,000 steps, each file's own defaults; and six studies.
 
     python -m benchmark.mujoco                                                      # all that is missing in benchmark/results
     python -m benchmark.mujoco --scripts ppo.py sac.py --env-ids Hopper-v4 --seeds 0 1
@@ -68,12 +68,17 @@ STUDIES = {  # scripts and grid; the first two are exercises 2.1 and 2.2 of Open
         ("td3.py",),
         {"seed": ["0", "1"], "env-id": list(ENV_IDS), "update-after": ["1000"]},
     ),
+    # against the benchmark's runs, which have no weight decay, the actor's rate at 1e-3 and updates from 1,000 steps on
+    "weight-decay": (
+        ("ddpg.py",),
+        {"seed": ["0", "1"], "env-id": list(ENV_IDS), "q-weight-decay": ["0.01"], "pi-lr": ["1e-4"], "update-after": ["10000"]},
+    ),
 }
 
 
 @dataclass
 class Args:
-    suite: Literal["learning", "value-fits", "broadcast", "extras", "autotune", "early-updates"] = "learning"  # or a study
+    suite: Literal["learning", *STUDIES] = "learning"  # the benchmark, or one of its studies
     scripts: tuple[str, ...] = ON_POLICY + OFF_POLICY  # algorithm files of the benchmark
     env_ids: tuple[str, ...] = ENV_IDS  # environments of the benchmark
     seeds: tuple[int, ...] | None = None  # default: 0 to 4 on-policy, 0 and 1 off-policy; in a study its own

@@ -194,8 +194,8 @@ def interruptible(*command):
     """Lets the signals that would end this process raise KeyboardInterrupt, and prints the words of the command to go on."""
 
     def interrupt(signum, frame):
-        if signum != signal.SIGINT:
-            signal.signal(signum, signal.SIG_IGN)  # a terminal that closes may send it twice
+        for other in (signal.SIGTERM, signal.SIGHUP):  # they may come together, or twice; only Ctrl-C again ends at once
+            signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt(signum)
 
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # the last one even in a background job, which ignores it

@@ -138,7 +138,7 @@ def main(args):
     names = [run.dir.name for experiment in found for run in experiment.runs.values()]
     for name in names if args.save else ():
         if names.count(name) > 1 or (args.save / f"{name}.csv").exists():
-            raise RunError(f"--save {args.save}: {name}.csv is there already, or two runs are called so; take another directory")
+            raise RunError(f"--save {args.save}: {name}.csv is there already, or two runs are called so; save to another directory")
     width = max(len("experiment"), *(len(experiment.name) for experiment in found))
     header = f"{'environment':16} {'seeds':>6}{'best':>8}{'best of mean':>14}{'final':>8}{'steps/s':>9}   best of each seed"
     print(f"{'experiment':{width}} {header}")

@@ -119,10 +119,12 @@ def test_adam_is_pytorchs():
     torch.manual_seed(0)
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in ((3, 2), (2,), (4,))] for _ in range(2))
     pairs = [(ours, Adam), (theirs, partial(torch.optim.Adam, fused=True))]
-    optimizers = [make([{"params": p[:2], "lr": 0.1}, {"params": p[2:], "lr": 0.2}], eps=1e-5, weight_decay=0.1) for p, make in pairs]
+    groups = [[{"params": p[:2], "lr": 0.1, "weight_decay": 0.1}, {"params": p[2:], "lr": 0.2}] for p, _ in pairs]
+    optimizers = [make(group, eps=1e-5) for group, (_, make) in zip(groups, pairs, strict=True)]
     for step in range(6):
         if step == 3:
             state = copy.deepcopy(optimizers[0].state_dict())
+            del state["param_groups"][1]["weight_decay"]  # as in older checkpoints
             optimizers[0] = Adam([{"params": ours[:2]}, {"params": ours[2:]}])
             optimizers[0].load_state_dict(state)
         for optimizer in optimizers:

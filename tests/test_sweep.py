@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -236,7 +237,9 @@ def test_interrupted_then_skip_done(fake, signum):
     options |= dict(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # should the tests run under nohup
     with subprocess.Popen(words, **options) as process:
         wait_until((fake / "data/fake_Fake-v0/fake_Fake-v0_s1/start").exists)
-        process.send_signal(signum)
+        for _ in range(1 if signum == signal.SIGINT else 2):  # as a terminal does that is closed
+            process.send_signal(signum)
+            time.sleep(0.05)
         out = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signum
     assert "python -m benchmark.sweep fake.py --seed 0 1 2 --workers 1 --skip-done" in out

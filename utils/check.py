@@ -82,7 +82,7 @@ def _check_env(args):
         raise RunError(f"{flag}: this algorithm cannot handle its action space {act_space}; {who}")
     if not hasattr(args, "replay_size"):
         return
-    if flat_box and not (np.abs((act_space.low, act_space.high)) < 1e30).all():  # in float32 their distance, too, is finite
+    if flat_box and not (np.abs(np.float64((act_space.low, act_space.high))) < 1e30).all():  # float32 holds their distance, too
         raise RunError(f"{flag}: needs bounded actions, not {act_space}; vpg.py, trpo.py and ppo.py can do without")
     total = math.ceil(args.total_steps / args.steps_per_epoch) * args.steps_per_epoch
     names = "update_after", "start_steps", "num_test_episodes"  # which a copied script may do without

@@ -49,6 +49,8 @@ class Episodes(gym.Wrapper):
     def load_state_dict(self, state):
         """Repeat the episode; one that comes to another observation or return, or to an error, is given up for a new one."""
         begun = state["begun"]
+        if begun is None:  # never reset
+            return
         try:
             self.reset(seed=begun[0] or 0)
             if begun[0] is None:

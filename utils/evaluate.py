@@ -76,8 +76,8 @@ def load_policy(run_dir, itr=None, render_mode=None):
         weights = torch.load(weights_path, weights_only=True, map_location="cpu")
     except Exception:  # torch's own message advises to load without weights_only, which would execute the file
         there = ", ".join(sorted(p.name for p in run_dir.glob("model*.pt"))) or "no model yet"
-        text = f"does not exist, or is damaged or no file of weights: it was not loaded; there is {there}"
-        raise RunError(f"{weights_path} {text} (--keep-checkpoints keeps more than the last)") from None
+        what = "is damaged, or no file of weights: it was not loaded" if weights_path.is_file() else "does not exist"
+        raise RunError(f"{weights_path} {what}; there is {there} (--keep-checkpoints keeps more than the last)") from None
     paths = [p for folder in ("", "*/", "*/*/") for p in ROOT.glob(f"{folder}*.py") if p.name == name]  # the last is a study's
     paths = [p for p in paths if not any((ROOT / d / "config.json").exists() for d in p.relative_to(ROOT).parents)]
     path = min(paths, key=lambda path: not same_code(run_dir, path), default=None)  # where two have its name, the run's
@@ -116,8 +116,8 @@ def import_script(path):
 def play(env, act, episodes=1, deterministic=None, max_len=None, seed=0, video=None):
     """Run episodes of an environment of `load_policy` or `make_env`; yields the return and the length of each.
 
-    `video` films an environment with render_mode="rgb_array": name of an .mp4 (at most 30 seconds) or a .gif (10). Episode k
-    depends on (seed, k) alone, and torch's random state outside stays. Raises RunError where nothing can be drawn or written.
+    `video`, the name of an .mp4 (at most 30 seconds) or a .gif (10), needs render_mode="rgb_array"; it is complete after the last
+    episode. Episode k depends on (seed, k) alone, and torch's random state outside stays. Raises RunError where it cannot film.
     """
     with contextlib.closing(Camera(env, video)) if video else contextlib.nullcontext(lambda: None) as watch:
         for k in range(episodes):

@@ -82,10 +82,11 @@ class Logger:
         while self.epoch < count:
             yield self.epoch
             self.epoch += 1
-            if (self.epoch - 1) % self.args.save_freq == 0 or self.epoch == count:
+            regular = (self.epoch - 1) % self.args.save_freq == 0 or self.epoch == count
+            if regular:
                 self.save(keep=self.args.keep_checkpoints)
             if self.epoch < count:
-                self.stop_if_told()
+                self.stop_if_told(save=not regular)
         self.run.finish()
 
     def store(self, **metrics):
@@ -145,11 +146,12 @@ class Logger:
         info = dict(epoch=self.epoch, last_steps=self.last_steps, stored=self.stored, total_steps=self.args.total_steps)
         self.run.save(self.model, keep, self.state, info | dict(elapsed=now - self.start, since_row=now - self.last_time))
 
-    def stop_if_told(self):
-        """Stop the run with a checkpoint, on all ranks, if one has got a signal."""
+    def stop_if_told(self, save=True):
+        """Stop the run, on all ranks, if one has got a signal."""
         signum = max(mpi.gather(max(self.signals.got, default=0)))
         if signum:
-            self.save()
+            if save:
+                self.save()
             raise Interrupted(128 + signum)
 
     def __enter__(self):

@@ -196,9 +196,6 @@ class RunDir:
             state.write(file, info)
         mpi.average(0.0)  # waits for all ranks
         self.saves += 1
-        self._delete_other_checkpoints()
-
-    def _delete_other_checkpoints(self):
         for path in (self.path / "checkpoint").glob(f"*_rank{mpi.rank()}.ckpt*"):
             if path.name != f"{self.saves}_rank{mpi.rank()}.ckpt":
                 path.unlink(missing_ok=True)
@@ -207,22 +204,19 @@ class RunDir:
         """Bring State, random generators and rows back to the newest checkpoint that all ranks have; returns `info`."""
         if mpi.rank() == 0:
             self._lock()
-        mpi.average(0.0)  # waits for all ranks
         folder = self.path / "checkpoint"
-        numbers = [int(path.name.partition("_")[0]) for path in folder.glob("[0-9]*_rank0.ckpt")]
+        numbers = {int(path.name.partition("_")[0]) for path in folder.glob("[0-9]*_rank*.ckpt")}
         complete = [n for n in numbers if all((folder / f"{n}_rank{rank}.ckpt").exists() for rank in range(mpi.size()))]
         if not complete:
             raise RunError(f"--resume {self.path}: {folder} holds no checkpoint; start a new run")
-        self.saves = max(complete)
-        path = folder / f"{self.saves}_rank{mpi.rank()}.ckpt"
+        self.saves = max(numbers)  # above a half one, of which this run would come to write the other half
+        path = folder / f"{max(complete)}_rank{mpi.rank()}.ckpt"
         try:
             with open(path, "rb") as file:
                 info = state.read(file, self.args.total_steps)
                 self.columns, self.rows = info["rows"]
         except Exception as error:  # whatever a broken or foreign file brings about
             raise RunError(f"--resume {self.path}: cannot use {path}: {one_line(error)}; start a new run") from error
-        mpi.average(0.0)  # not before all checkpoints are found good
-        self._delete_other_checkpoints()  # a half one, of which this run would come to write the other half
         for (_, put), states in zip(GENERATORS, info["random"], strict=True):
             put(states)
         return info

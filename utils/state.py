@@ -46,7 +46,7 @@ class State:
     What is there from the start is changed in place: modules, optimizers, environments and random generators by their own
     functions, objects attribute by attribute, arrays and tensors that have kept their shape. What has come since is built anew:
     plain values, containers, arrays, tensors, and the NamedTuples, enums and dataclasses of `module`, the script. The file is
-    a pickle whose reader knows nothing but these, so it runs no code. Raises RunError for what cannot be written and read.
+    a pickle whose reader knows nothing but these, so it runs no code. Raises RunError at the start for what cannot be written.
     """
 
     def __init__(self, things, module, args=None):
