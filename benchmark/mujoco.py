@@ -1,4 +1,4 @@
-"""The learning benchmark: six algorithms, five environments, 1,000,000 steps, each file's own defaults; and six studies.
+"""The learning benchmark: six algorithms, five environments, 1,000,000 steps, each file's own defaults; and five studies.
 
     python -m benchmark.mujoco                                                      # all that is missing in benchmark/results
     python -m benchmark.mujoco --scripts ppo.py sac.py --env-ids Hopper-v4 --seeds 0 1
@@ -67,11 +67,6 @@ STUDIES = {  # scripts and grid; the first two are exercises 2.1 and 2.2 of Open
     "early-updates": (
         ("td3.py",),
         {"seed": ["0", "1"], "env-id": list(ENV_IDS), "update-after": ["1000"]},
-    ),
-    # against the benchmark's runs, which have no weight decay, the actor's rate at 1e-3 and updates from 1,000 steps on
-    "weight-decay": (
-        ("ddpg.py",),
-        {"seed": ["0", "1"], "env-id": list(ENV_IDS), "q-weight-decay": ["0.01"], "pi-lr": ["1e-4"], "update-after": ["10000"]},
     ),
 }
 

@@ -225,7 +225,7 @@ def time_table(cells, published):
     return table(["", "environment", "return", "their steps", "our steps", "minutes"], rows)
 
 
-STUDIES = {  # the arguments that differ, the name of a run by the value of the first, text
+STUDIES = {  # the argument that differs, the name of a run by its value, text
     "value-fits": (
         "train_v_iters",
         "TRPO, train_v_iters {}".format,
@@ -268,24 +268,16 @@ the default: the benchmark's runs, cut to the study's steps. On HalfCheetah that
 
 After 10,000 steps, when it no longer acts at random: the default and the benchmark's runs; or after 1,000, as DDPG and SAC do.""",
     ),
-    "weight-decay": (
-        "q_weight_decay pi_lr update_after",
-        {0.01: "DDPG, its paper's penalty and rate", 0.0: "DDPG"}.get,
-        """## DDPG with its paper's weight decay
-
-`--q-weight-decay 0.01 --pi-lr 1e-4`, the L2 penalty on the critic and the actor's rate of the paper, with updates from 10,000 steps
-on; against the benchmark's runs, with no penalty, 1e-3 and updates from 1,000 steps on.""",
-    ),
 }
 
 
 def load_study(suite, args):
     """The runs of a study, named, and the benchmark's of the same script, environment and seed, up to as many steps, if the study
     differs from its defaults in nothing else."""
-    keys, name, _ = STUDIES[suite]
+    key, name, _ = STUDIES[suite]
     runs, there = load_runs([args.studies / suite]), {}
     for run in runs:
-        if run.config["script"] in ON_POLICY + OFF_POLICY and has_defaults(run.config, but=keys.split()):
+        if run.config["script"] in ON_POLICY + OFF_POLICY and has_defaults(run.config, but=[key]):
             there[run.config["script"], run.env_id, run.config["seed"]] = run.config["total_steps"]
     for run in load_runs([args.results]) if there else ():
         steps = there.get((run.config["script"], run.env_id, run.config["seed"]))
@@ -293,7 +285,7 @@ def load_study(suite, args):
             run.rows = run.rows[run.rows["TotalEnvInteracts"] <= steps]
             runs.append(run)
     for run in runs:
-        run.name = name(run.config[keys.split()[0]])
+        run.name = name(run.config[key])
     return runs
 
 
