@@ -184,8 +184,7 @@ class RunDir:
             self.tracker("log", {name: x for name, x in row.items() if x != ""}, step=row["TotalEnvInteracts"])
 
     def save(self, module, keep, state, info):
-        """Write the module's weights to model.pt, if `keep` to model_<epoch>.pt too, and then the State and `info` to this rank's
-        checkpoint."""
+        """Write the weights to model.pt, if `keep` to model_<epoch>.pt too, and the State and `info` to this rank's checkpoint."""
         if mpi.rank() == 0:
             with writing(self.path / "model.pt") as file:
                 torch.save({name: tensor.cpu() for name, tensor in module.state_dict().items()}, file)
