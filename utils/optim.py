@@ -40,7 +40,8 @@ class Adam(torch.optim.Optimizer):
             rows = [(p, p.grad, *state) for p, *state in rows if p.grad is not None]
             if rows:
                 params, grads, means, squares, steps = zip(*rows, strict=True)
-                options = {name: group.get(name, self.defaults[name]) for name in ("lr", "eps", "weight_decay")}  # it may be older
+                # an older checkpoint's group may lack one
+                options = {name: group.get(name, self.defaults[name]) for name in ("lr", "eps", "weight_decay")}
                 options |= dict(zip(("beta1", "beta2"), group["betas"], strict=True), amsgrad=False, maximize=False)
                 steps[0].add_(1)
                 torch._fused_adam_(params, grads, means, squares, [], steps, **options)
