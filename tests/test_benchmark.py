@@ -136,14 +136,16 @@ def test_the_suites_are_planned(tmp_path, restored_ddpg):
             planned(BenchmarkArgs(data_dir=str(tmp_path), **options))
 
 
-PUBLISHED = """algo,env,steps,mean,std,source,note
-ppo,Hopper,1000000,20,,A,read off a curve
-ppo,Hopper,1000000,10,,B,
-ppo,Hopper,3000000,99,,C,longer
-ppo,Walker2d,1000000,4,,A,
-sac,Hopper,1000000,8,,A,
-sac,Hopper,1000000,3,,CleanRL documentation,
-ppo,Walker2d,8000000,9,,CleanRL documentation,
+PUBLISHED = """algo,env,steps,mean,std,source,best_of,note
+ppo,Hopper,1000000,20,,A,mean,
+ppo,Hopper,1000000,10,,B,mean,
+ppo,Hopper,1000000,60,,R,runs,
+ppo,Hopper,3000000,99,,C,mean,longer
+ppo,Walker2d,1000000,4,,A,mean,read off a curve
+sac,Hopper,1000000,8,,A,mean,
+sac,Hopper,1000000,16,,R,runs,
+sac,Hopper,1000000,3,,CleanRL documentation,mean,
+ppo,Walker2d,8000000,9,,CleanRL documentation,mean,
 """
 
 
@@ -213,15 +215,15 @@ def test_the_report(results, capsys):
     text, (out, errors) = (results / "results/README.md").read_text(), capsys.readouterr()
     for line in (
         "| VPG | missing | 3.0 /  (none published) | missing | missing | missing |",
-        "| PPO | missing | 11.8 / 20.0 (**0.59**) | 1.6 / 4.0 (**0.40**) | missing | missing |",
+        "| PPO | missing | 25.0† / 60.0 (**0.41**) | 1.6 / 4.0 (**0.40**) | missing | missing |",  # 11.8 / 20 is more
         "| SAC | missing | 6.4 / 8.0 (**0.80**) | missing | missing | missing |",
         "| SAC | 0.80 | one seed | 0 of 1 |",
         "| off-policy | 0.80 | one seed | 0 of 1 |",
-        # of runs at 0.82, 0.36 and 0.4 of the published the middle half is all; Hopper's two are resampled
-        "| PPO | 0.53 | 0.37 to 0.68 | 0 of 2 |",
-        "| PPO | Hopper-v4 | 2 | 25.0 ± 15.0 | 11.8 | 20.0 ± 10.0 | 20.0 ± 10.0 | 10.0 | 20.0 | A (read off a curve) | **0.59** |",
-        "| PPO | Walker2d-v4 | 1 | 2.0 | 1.6 | 1.5 | 2.0 | 2.5 | 4.0 | A | **0.40** |",  # final: 2 of 20
-        "| SAC | Hopper-v4 | 1 | 16.0 | 6.4 | 5.0 | 5.0 |  | 8.0 | A | **0.80** |",  # (4 + 16 + 4 + 4 + 4) / 5
+        # of runs at 40 / 60, 10 / 60 and 0.4 of the published the middle half is all; Hopper's two are resampled
+        "| PPO | 0.41 | 0.24 to 0.58 | 0 of 2 |",
+        "| PPO | Hopper-v4 | 2 | 25.0 ± 15.0 | 11.8 | 25.0 | 20.0 ± 10.0 | 20.0 ± 10.0 | 10.0 | 60.0 | R | **0.41** |",
+        "| PPO | Walker2d-v4 | 1 | 2.0 | 1.6 | 2.0 | 1.5 | 2.0 | 2.5 | 4.0 | A (read off a curve) | **0.40** |",  # final: 2 of 20
+        "| SAC | Hopper-v4 | 1 | 16.0 | 6.4 | 16.0 | 5.0 | 5.0 |  | 8.0 | A | **0.80** |",  # (4 + 16 + 4 + 4 + 4) / 5
         "| SAC | Hopper-v4 | 3.0 | 1,000,000 | 300,000 | 5000.0 |",  # one step a second
         "| PPO | Walker2d-v4 | 9.0 | 8,000,000 | not reached |  |",
         "Fewer seeds than planned: VPG Hopper-v4 (1), PPO Hopper-v4 (2), PPO Walker2d-v4 (1), SAC Hopper-v4 (1).",
