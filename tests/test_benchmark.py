@@ -12,7 +12,6 @@ from functools import partial
 from types import SimpleNamespace
 from typing import get_args
 
-import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,12 +20,10 @@ from conftest import ROOT, rows, run, small, wait_until
 
 import ddpg
 import ppo
-from benchmark import mujoco
 from benchmark.mujoco import Args as BenchmarkArgs
 from benchmark.mujoco import STUDIES, planned
 from benchmark.report import Args, interquartile_mean, interval, load_cells, main, ratio, study, summary_table, write
 from benchmark.studies import ppo_without
-from utils.envs import check_finite
 from utils.evaluate import load_policy, play
 from utils.process import RunError
 
@@ -36,7 +33,6 @@ def restored_ddpg(monkeypatch):
     """ddpg.py as a module, which benchmark/studies/ddpg_no_squeeze.py changes when it is loaded."""
     for name in ("Critic", "q_loss", "__file__"):
         monkeypatch.setattr(ddpg, name, getattr(ddpg, name))
-    return ddpg
 
 
 COMMAND = [sys.executable, "-m", "benchmark.mujoco", "--scripts", "vpg.py", "--env-ids", "InvertedPendulum-v4"]
@@ -125,15 +121,10 @@ def test_the_suites_are_planned(tmp_path, restored_ddpg):
     assert len(runs) == 3 * 5 * 5 + 3 * 5 * 2
     assert [run.seed for run in runs[:30]] == [0] * 30  # every cell's first seed comes first
     assert {run.args.total_steps for run in runs} == {1_000_000}
-    for suite, (_, grid) in STUDIES.items():
-        for seeds in None, (7,):
-            runs = planned(BenchmarkArgs(suite=suite, seeds=seeds, data_dir=str(tmp_path)))
-            assert {str(run.seed) for run in runs} == set(map(str, seeds or grid["seed"]))
-    refused = {"--total-steps 5: would take the place of curves of another length": dict(total_steps=5)}
-    refused |= {"--suite broadcast": dict(suite="broadcast", total_steps=5), "--workers 0": dict(workers=0)}
-    for message, options in refused.items():
-        with pytest.raises(RunError, match=message):
-            planned(BenchmarkArgs(data_dir=str(tmp_path), **options))
+    for suite in STUDIES:
+        assert {run.seed for run in planned(BenchmarkArgs(suite=suite, seeds=(7,), data_dir=str(tmp_path)))} == {7}
+    with pytest.raises(RunError, match="--total-steps 5: would take the place of curves of another length"):
+        planned(BenchmarkArgs(data_dir=str(tmp_path), total_steps=5))
 
 
 PUBLISHED = """algo,env,steps,mean,std,source,best_of,note
@@ -201,14 +192,6 @@ def test_a_ratio_is_rounded_down():
     assert [ratio(SimpleNamespace(published=1.0, ratio=x)) for x in (0.996, 1.0, 1.019)] == ["**0.99**", "1.00", "1.01"]
 
 
-def test_a_policy_that_cannot_be_tested_ends_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mujoco, "load_policy", lambda *args: (gym.make("CartPole-v1"), None))
-    monkeypatch.setattr(mujoco, "play", lambda *args, **options: check_finite(0, reward=np.nan))
-    run = SimpleNamespace(rows=pd.DataFrame(dict(ret=[1.0])))
-    mujoco.test(run, tmp_path)
-    assert "test_ret" not in run.rows and "not tested, reward is not finite" in capsys.readouterr().err
-
-
 def test_the_report(results, capsys):
     """With one or two seeds the best is that of the mean of five tests in a row, of fewer tests their mean."""
     main(arguments(results))
@@ -250,13 +233,6 @@ def test_the_committed_report_is_that_of_the_committed_curves(tmp_path):
     assert "\n".join(summary_table(families)) in (ROOT / "README.md").read_text()
 
 
-def test_a_report_of_nothing_is_one_line(tmp_path):
-    (tmp_path / "results").mkdir()
-    done = run(sys.executable, "-m", "benchmark.report", "--results", tmp_path / "results", check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: no finished runs in")
-
-
 def test_a_study(results):
     """The final tenth of the curves, by name; without the other half of the comparison there is no study."""
     curves = [10] * 10 + [20] * 10, [40] * 10 + [0] * 10
@@ -296,8 +272,7 @@ def test_interval_resamples_within_cells():
 
 
 def test_the_bug_broadcasts(restored_ddpg):
-    """The loss of the study is that over all pairs, computed here one by one; and without squeeze ddpg.py would say so."""
-    asserting = ddpg.q_loss
+    """The loss of the study is that over all pairs, computed here one by one."""
     sys.modules.pop("benchmark.studies.ddpg_no_squeeze", None)
     ddpg_no_squeeze = importlib.import_module("benchmark.studies.ddpg_no_squeeze")
     q, rew, terminated, next_q = torch.randn(4, 1), torch.randn(4), torch.tensor([0.0, 1.0, 0.0, 0.0]), torch.randn(4, 1)
@@ -308,5 +283,3 @@ def test_the_bug_broadcasts(restored_ddpg):
     torch.testing.assert_close(ddpg_no_squeeze.q_loss(q, target), torch.cat(pairs).mean())
     critic = ddpg_no_squeeze.Critic(3, 1, (8,), torch.nn.ReLU)
     assert critic(torch.randn(4, 3), torch.randn(4, 1)).shape == (4, 1)
-    with pytest.raises(AssertionError):
-        asserting(q, target)

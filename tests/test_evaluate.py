@@ -36,8 +36,10 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def ppo_run(runs, tmp_path):
-    """A copy of a PPO run on CartPole, to do harm to."""
-    return shutil.copytree(runs(ON_POLICY[-1])[1], tmp_path / "copy")
+    """A copy of a PPO run on CartPole, to do harm to; of other versions, whose arguments are left out, and of another machine."""
+    path = shutil.copytree(runs(ON_POLICY[-1])[1], tmp_path / "copy")
+    change_config(path, fast_matmul=False, brand_new=[1, 2], device="cuda:7", resume="somewhere")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,8 @@ def test_seed_makes_the_episodes(runs):
 
 def test_command_line(ppo_run):
     done = run(sys.executable, "-m", "utils.evaluate", ppo_run, "-n", 3, "--seed", 4, "--json")
-    result = json.loads(done.stdout)  # and nothing else
+    result = json.loads(done.stdout)  # and nothing else: what is printed besides goes to the other file, whoever prints it
+    assert "episode 2  return" in done.stderr
     env, act = load_policy(ppo_run)
     expected = list(play(env, act, episodes=3, seed=4))
     rets = [ret for ret, _ in expected]
@@ -137,40 +140,30 @@ def test_snapshots(runs, ppo_run):
 
 def test_copied_script_under_another_name(tmp_path, monkeypatch):
     """In a copy of the repository, with a network of the script's own that ppo.py does not have."""
-    home = tmp_path / "home"
-    shutil.copytree(ROOT / "utils", home / "utils")
+    home, run_dir = tmp_path, tmp_path / "data/x/x_s0"
     shutil.copy(ROOT / "ppo.py", home)
     begin = "        super().__init__()\n"
     (home / "my_ppo.py").write_text((ROOT / "ppo.py").read_text().replace(begin, f"{begin}        self.mine = nn.Linear(1, 1)\n"))
-    options = "--env-id CartPole-v1 --total-steps 200 --steps-per-epoch 200 --num-envs 2 --minibatch-size 50 --exp-name x"
-    run(sys.executable, "my_ppo.py", *options.split(), cwd=home)
-    refused("my_ppo.py", str(ROOT), run_dir=home / "data/x/x_s0")
+    mine = evaluate.import_script(home / "my_ppo.py")
+    mine.train(small(mine, home / "data", exp_name="x"))
+    refused("my_ppo.py", str(ROOT), run_dir=run_dir)
     monkeypatch.setattr(evaluate, "ROOT", home)
     for folder in "another", "benchmark/studies":
         (home / folder).mkdir(parents=True)
         (home / folder / "my_ppo.py").write_text("import nothing")  # not the code of the run
     (home / "my_ppo.py").rename(home / "benchmark/studies/my_ppo.py")
-    env, act = load_policy(home / "data/x/x_s0")
+    env, act = load_policy(run_dir)
     assert len(list(play(env, act))) == 1 and hasattr(act.module, "mine")
     (home / "benchmark/studies/my_ppo.py").unlink()
-    refused("my_ppo.py", "No module named 'nothing'", run_dir=home / "data/x/x_s0")
-    change_config(home / "data/x/x_s0", script="ppo.py")
-    refused("ppo.py", "mine.weight", run_dir=home / "data/x/x_s0")
-
-
-def test_arguments_of_older_and_newer_versions_are_left_out(ppo_run):
-    change_config(ppo_run, fast_matmul=False, wandb_video=False, brand_new=[1, 2], device="cuda:7", resume="somewhere")
-    env, act = load_policy(ppo_run)
-    assert act.module.device == torch.device("cpu") and len(list(play(env, act))) == 1
+    refused("my_ppo.py", "No module named 'nothing'", run_dir=run_dir)
+    change_config(run_dir, script="ppo.py")
+    refused("ppo.py", "mine.weight", run_dir=run_dir)
 
 
 def test_other_code_than_the_run_s_is_said(ppo_run, capfd):
-    """In one line that names the run's copy, which is not executed; comments and layout do not count."""
-    source, copy = (ROOT / "ppo.py").read_text(), ppo_run / "ppo.py"
-    copy.write_text("# a comment\n" + source)
-    load_policy(ppo_run)
-    assert capfd.readouterr().err == ""
-    copy.write_text(source + f"\nopen({str(ppo_run / 'executed')!r}, 'w')\n")
+    """In one line that names the run's copy, which is not executed."""
+    copy = ppo_run / "ppo.py"
+    copy.write_text(f"{copy.read_text()}\nopen({str(ppo_run / 'executed')!r}, 'w')\n")
     env, act = load_policy(ppo_run)
     (line,) = capfd.readouterr().err.splitlines()
     assert str(copy) in line and not (ppo_run / "executed").exists() and len(list(play(env, act))) == 1
@@ -203,11 +196,6 @@ def test_nothing_of_the_run_directory_is_executed(ppo_run, monkeypatch):
     for name in ("copy.evil:CartPole-v1", "copy.evil.more:CartPole-v1"):
         change_config(ppo_run, script="ppo.py", env_id=name)
         refused("execute", run_dir=ppo_run)
-    (ppo_run / "package").mkdir()
-    (ppo_run / "package/__init__.py").write_text((ppo_run / "evil.py").read_text())
-    (ppo_run / "package/link").symlink_to("/tmp")  # leads out again
-    change_config(ppo_run, env_id="copy.package.link:CartPole-v1")
-    refused("execute", run_dir=ppo_run)
     assert not trap.exists()
     change_config(ppo_run, env_id="conftest:Count-v0")  # but others may be imported
     refused("size mismatch", run_dir=ppo_run)
@@ -217,11 +205,9 @@ def test_nothing_of_the_run_directory_is_executed(ppo_run, monkeypatch):
     "harm, words",
     [
         (lambda path: shutil.rmtree(path), ["copy", "config.json"]),
-        (lambda path: (path / "config.json").write_text('{"script": "ppo.py"'), ["config.json"]),
         (lambda path: (path / "config.json").write_text("[]"), ["config.json"]),
         (lambda path: change_config(path, script=None), ["config.json"]),
         (lambda path: change_config(path, env_id=None), ["on None", "cannot be loaded"]),
-        (lambda path: change_config(path, activation="step"), ["cannot be loaded", "step"]),
         (lambda path: (path / "model.pt").unlink(), ["model.pt does not exist", "no model yet"]),
         (lambda path: (path / "model.pt").write_bytes((path / "model.pt").read_bytes()[:3000]), ["model.pt", "damaged"]),
     ],
@@ -244,31 +230,14 @@ def test_bad_arguments_are_refused(ppo_run, monkeypatch):
             evaluate.evaluate(evaluate.Args(ppo_run, **options))
 
 
-def test_what_environments_print_is_not_on_stdout_with_json(runs, tmp_path):
-    """Neither from Python nor from C."""
-    (tmp_path / "loud.py").write_text(
-        "import os, gymnasium as gym\nfrom conftest import Count\n\n\nclass Loud(Count):\n    def __init__(self, **options):\n"
-        "        os.write(1, b'from C')\n        print('from Python')\n        super().__init__(**options)\n\n\n"
-        "gym.register('Loud-v0', Loud)\n"
-    )
-    run_dir = shutil.copytree(runs(ON_POLICY[-1], env_id="conftest:Count-v0")[1], tmp_path / "copy")
-    change_config(run_dir, env_id="loud:Loud-v0")
-    path = f"{tmp_path}:{ROOT / 'tests'}"
-    done = run(sys.executable, "-m", "utils.evaluate", run_dir, "-n", 1, "--json", PYTHONPATH=path)
-    assert json.loads(done.stdout)["returns"] == [6.0] and done.stdout.count("\n") == 1, done
-    assert "from C" in done.stderr and "from Python" in done.stderr and "episode 0  return 6.00" in done.stderr
-
-
 CLOCK = dict(metadata={"render_modes": ["rgb_array"], "render_fps": 100}, render_mode="rgb_array")
 # 100 frames a second, 800 x 600 pixels, of a grey that grows with time
 register("Clock-v0", 2000, render=lambda self: np.full((600, 800, 3), self.k % 250, np.uint8), **CLOCK)
 STILL = np.zeros(2, np.float32)
+FILMS = [("film.mp4", 2, 50, (360, 480, 3)), ("film.GIF", 2, 25, (180, 240, 3)), ("film.gif", 20, 25, None)]
 
 
-@pytest.mark.parametrize(
-    "name, seconds, fps, shape",
-    [("film.mp4", 2, 50, (360, 480, 3)), ("film.GIF", 2, 25, (180, 240, 3)), ("film.gif", 20, 25, None)],
-)
+@pytest.mark.parametrize("name, seconds, fps, shape", FILMS)
 def test_film_keeps_time_and_stays_small(tmp_path, name, seconds, fps, shape):
     """Frame i shows what the clock showed i / fps seconds after the reset; a gif ends after 10 seconds."""
     steps = 100 * seconds
@@ -304,18 +273,15 @@ def test_film_of_mujoco(runs, gl, tmp_path):
 def test_camera_follows(runs, gl):
     """200 m further on, the hopper is where it was in the picture, in the same columns, and on the same chequered floor."""
     env, _ = load_policy(runs(ON_POLICY[-1], env_id="Hopper-v4")[1], render_mode="rgb_array")
-
-    def see():
-        frame = env.render().astype(int)
-        return np.nonzero(frame[..., 0] > frame[..., 2] + 30)[1], frame[-100:].std()  # the columns of its colours, the floor
-
     env.reset(seed=0)
-    (before, floor_before), sim = see(), env.unwrapped
+    first, sim = env.render().astype(int), env.unwrapped
     sim.set_state(sim.data.qpos + 200 * np.eye(sim.model.nq)[0], sim.data.qvel)
-    after, floor_after = see()
+    frames = first, env.render().astype(int)
     env.close()
+    before, after = (np.nonzero(frame[..., 0] > frame[..., 2] + 30)[1] for frame in frames)  # the columns of its colours
     assert len(before) > 1000 and len(after) == pytest.approx(len(before), rel=0.3)
     assert 180 < before.mean() < 300 and after.mean() == pytest.approx(before.mean(), abs=10)
+    floor_before, floor_after = (frame[-100:].std() for frame in frames)
     assert floor_before > 50 and floor_after == pytest.approx(floor_before, rel=0.3)
 
 
@@ -326,18 +292,6 @@ def test_no_opengl_is_said_in_one_line(runs, tmp_path):
     lines = done.stderr.splitlines()
     assert (done.returncode, done.stdout, len(lines)) == (1, "", 1) and lines[0].startswith("error: ")
     assert "libosmesa6" in lines[0] and "libegl1" in lines[0], done.stderr
-
-
-def test_the_library_that_is_there_is_chosen(ppo_run, monkeypatch):
-    monkeypatch.setattr(evaluate.sys, "platform", "linux")
-    found = [(["EGL", "OSMesa"], "", "egl"), (["OSMesa"], "", "osmesa"), ([], "", None), (["EGL"], "glfw", "glfw")]
-    for there, before, expected in found:
-        monkeypatch.setattr(evaluate.ctypes.util, "find_library", lambda name, there=there: name if name in there else None)
-        monkeypatch.setenv("MUJOCO_GL", before)
-        if not before:
-            monkeypatch.delenv("MUJOCO_GL")
-        load_policy(ppo_run, render_mode="rgb_array")
-        assert evaluate.os.environ.get("MUJOCO_GL") == expected
 
 
 def test_camera_that_breaks_down(tmp_path):

@@ -5,11 +5,10 @@ import math
 from collections import Counter
 from types import SimpleNamespace
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import OFF_POLICY, Count, rows, small
+from conftest import OFF_POLICY, register, rows, small
 from gymnasium.spaces import Box
 from torch import nn
 
@@ -23,21 +22,8 @@ LOW, HIGH = np.array([-1.0, 0.0], np.float32), np.array([3.0, 0.5], np.float32)
 HALF_WIDTH, MIDDLE = (HIGH - LOW) / 2, (HIGH + LOW) / 2
 
 
-class Asymmetric(Count):
-    """Count with another box in each dimension of the action; remembers the actions that it got."""
-
-    action_space = Box(LOW, HIGH)
-
-    def __init__(self):
-        super().__init__()
-        self.actions = []
-
-    def step(self, action):
-        self.actions.append(action)
-        return super().step(action)
-
-
-gym.register("Asymmetric-v0", Asymmetric)
+# Count with another box in each dimension of the action, and no end: the actions of its one episode are env.actions
+register("Asymmetric-v0", 10**6, action_space=Box(LOW, HIGH))
 
 
 @pytest.fixture(params=OFF_POLICY)
@@ -269,7 +255,7 @@ def test_first_actions_are_uniform_in_the_whole_box(script):
     env, ac = make_env("Asymmetric-v0"), acting(script)
     ac.sample = None  # the policy is not asked
     script.ReplayBuffer([env], 10, np.random.default_rng(0)).collect(ac, 4000, 4000)
-    act = np.array(env.unwrapped.actions)
+    act = np.array(env.actions)
     for i in range(2):
         counts, _ = np.histogram(act[:, i], 20, (LOW[i], HIGH[i]))
         assert counts.sum() == 4000 and ((counts - 200) ** 2 / 200).sum() < 44  # 99.9% of chi squared
@@ -285,7 +271,7 @@ def test_policy_takes_over_after_the_first_actions(script, monkeypatch):
     for until in (4, 24):
         buffer.collect(ac, until, start_steps=8)
     for env in envs:
-        from_policy = [act == pytest.approx([2.0, 0.1875]) for act in env.unwrapped.actions]
+        from_policy = [act == pytest.approx([2.0, 0.1875]) for act in env.actions]
         assert from_policy == [False] * 2 + [True] * 4
 
 
@@ -296,7 +282,7 @@ def test_buffer_holds_the_action_within_minus_one_and_one(script, start_steps):
     buffer = script.ReplayBuffer([env], 20, np.random.default_rng(0))
     buffer.collect(ac, 20, start_steps)
     act = np.unique(buffer.sample(2000, torch.device("cpu")).act.numpy(), axis=0)
-    expected = (np.array(env.unwrapped.actions) - MIDDLE) / HALF_WIDTH
+    expected = (np.array(env.actions) - MIDDLE) / HALF_WIDTH
     assert act == pytest.approx(expected[np.argsort(expected[:, 0])], abs=1e-6)
 
 

@@ -1,6 +1,5 @@
 """Curves against numbers computed by hand, and what a user may get wrong."""
 
-import time
 from pathlib import Path
 
 import matplotlib
@@ -8,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import write_run
-from matplotlib import pyplot
 
 from utils.plot import LOOKS, Args, average, curve, group_runs, load_runs, main, one_per_seed, plot
 from utils.process import RunError
@@ -59,15 +57,11 @@ def averaged(curves, **options):
 
 def test_average_interpolates_and_is_cut_at_the_shortest():
     assert averaged([{1: 1, 2: 2}, {1: 3, 2: 10}]) == [[1, 2], [2, 6], [1, 2], [3, 10]]
+    assert averaged([{1: y} for y in (0, 2, 10)], est="median")[1] == [2]
     # the second: 5 at 5, 15 at 10, 25 at 15, 40 at 20
     x, line, low, high = averaged([{0: 0, 10: 10, 20: 20}, {5: 5, 15: 25, 40: 100}])
     assert (x, line) == ([5, 10, 15, 20], [5, 12.5, 20, 30])
     assert (low, high) == ([5, 10, 15, 20], [5, 15, 25, 40])
-
-
-@pytest.mark.parametrize("est, line", [("mean", 4), ("median", 2), ("max", 10), ("min", 0)])
-def test_estimators(est, line):
-    assert averaged([{1: y} for y in (0, 2, 10)], est=est)[1] == [line]
 
 
 def test_bootstrapped_interval():
@@ -142,46 +136,35 @@ def test_names_prefixes_select_exclude_legend(tmp_path):
     assert {run.name for run in load_runs([tmp_path / "big"])} == {"ppo_cli0-1"}
 
 
-def test_many_runs_take_seconds_and_are_not_all_named():
-    start = time.process_time()
-    rng = np.random.default_rng(0)
-    settings = [dict(zip("abcdefghijklmnop", rng.uniform(size=16).tolist(), strict=True)) for _ in range(200)]
-    runs = [memory([k, 1], run_dir=f"x_s0_{k}", **setting) for k, setting in enumerate(settings)]
-    fig = plot(runs)
+def test_many_curves_are_not_all_named():
+    fig = plot([memory([k, 1], run_dir=f"x_s0_{k}", gamma=k) for k in range(200)])
     assert len(fig.axes[0].lines) == 200 and legend(fig) == []
     assert "200 curves, too many to name" in fig.legends[0].get_title().get_text()
-    seeds = plot([memory([k, 1], run_dir=f"x_s{k}", seed=k) for k in range(300)], count=True)
-    assert len(seeds.axes[0].lines) == 300 and legend(seeds) == ["ppo"]
+    seeds = plot([memory([k, 1], run_dir=f"x_s{k}", seed=k) for k in range(60)], count=True)
+    assert len(seeds.axes[0].lines) == 60 and legend(seeds) == ["ppo"]
     assert max(fig.get_figheight(), seeds.get_figheight()) < 3.5
-    assert time.process_time() - start < 15
 
 
 HEADER = "Epoch\tAverageEpRet\tTotalEnvInteracts\n"
-BROKEN = {
-    "header": ("progress.txt", HEADER, "it has no rows"),
-    "text": ("progress.txt", HEADER + "0\tabc\t1000\n1\t2\t2000\n", "'abc'"),
-    "short_row": ("progress.txt", HEADER + "0\t1\n1\t2\t2000\n", "rows have different lengths"),
-    "bytes": ("progress.txt", b"\xff\xfe\x00\n\x00\n", "decode"),
-    "no_config": ("config.json", None, "No such file"),
-    "half_config": ("config.json", '{"env_id": "X-v', "Unterminated string"),
-    "list_config": ("config.json", "[1]", "no JSON object"),
-}
+BROKEN = [
+    ("progress.txt", HEADER, "it has no rows"),
+    ("progress.txt", HEADER + "0\tabc\t1000\n1\t2\t2000\n", "'abc'"),
+    ("progress.txt", HEADER + "0\t1\n1\t2\t2000\n", "rows have different lengths"),
+    ("config.json", None, "No such file"),
+    ("config.json", "[1]", "no JSON object"),
+]
 
 
-@pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_run_is_left_out_with_a_line(kind, tmp_path, capsys):
-    name, content, message = BROKEN[kind]
+@pytest.mark.parametrize("name, content, message", BROKEN)
+def test_a_broken_run_is_left_out_with_a_line(name, content, message, tmp_path, capsys):
     good, bad = write_run(tmp_path / "good_s0", [1, 2]), write_run(tmp_path / "bad_s0", [1, 2])
-    (bad / name).unlink()
-    if content is not None:
-        (bad / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (bad / name).write_text(content) if content else (bad / name).unlink()
     with pytest.raises(RunError, match="no runs"):
         load_runs([bad])
     capsys.readouterr()
     assert [r.dir for r in load_runs([tmp_path])] == [good]
-    error = capsys.readouterr().err
-    assert error.startswith("left out, ") and message in error and error.endswith(f"{bad}/progress.txt\n")
-    assert error.count("\n") == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("left out, ") and message in error and error.endswith(f"{bad}/progress.txt")
 
 
 @pytest.mark.parametrize("tail", ["2\t30", "2\t30\t30\t9", "\0\0\0"])
@@ -210,9 +193,8 @@ def test_figure_of_seeds_environments_and_values(capsys):
     assert (band[:, 1].min(), band[:, 1].max()) == (0, 7)
     assert fig.axes[1].lines[0].get_color() == fig.axes[0].lines[0].get_color() != fig.axes[1].lines[1].get_color()
     assert legend(fig) == ["ppo", "trpo"]
-    assert fig.legends[0].get_title().get_text().replace("\n", " ") == (
-        "Mean over 1 to 2 seeds, band: standard deviation; smoothed over 2 epochs"
-    )
+    caption = fig.legends[0].get_title().get_text().replace("\n", " ")
+    assert caption == "Mean over 1 to 2 seeds, band: standard deviation; smoothed over 2 epochs"
     error = capsys.readouterr().err
     assert "curve cut at 3,000 of 4,000, where this run ends: x_s0\n" in error
     assert "left out, it has no numbers in KL: x_s0\n" in error
@@ -267,16 +249,6 @@ def test_without_a_display(backend, two_seeds, monkeypatch):
     monkeypatch.setitem(matplotlib.rcParams, "backend", backend)
     with pytest.raises(RunError, match="there is no display to open a window on; .* --out"):
         main(Args((two_seeds,)))
-
-
-def test_window(two_seeds, monkeypatch):
-    shown = []
-    monkeypatch.setattr(pyplot, "get_backend", lambda: "tkagg")
-    monkeypatch.setattr(pyplot, "switch_backend", lambda name: None)
-    monkeypatch.setattr(pyplot, "show", lambda: shown.extend(len(pyplot.figure(k).axes) for k in pyplot.get_fignums()))
-    main(Args((two_seeds,)))
-    pyplot.close("all")
-    assert shown == [1]
 
 
 def test_errors(two_seeds, tmp_path):

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import tracemalloc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -142,24 +142,21 @@ sys.path[:0] = ["tests", "."]
 from test_resume import tiny
 import {script.__name__} as script
 from utils.logger import Logger
-if sys.argv[1] == "resume":
-    script.train(script.Args(resume=sys.argv[2]))
-else:
-    log, rank = Logger.log, int(os.environ["PMI_RANK"])
-    def wrapped(self, **metrics):
-        log(self, **metrics)
-        if sys.argv[1] == "cut" and metrics["Epoch"] == 1 and rank == 1:
-            os.kill(os.getpid(), signal.SIGINT)  # one rank hears of it first
-    Logger.log = wrapped
-    script.train(tiny(script, sys.argv[2], num_envs=2))
+log = Logger.log
+def wrapped(self, **metrics):
+    log(self, **metrics)
+    if sys.argv[1].endswith("cut") and metrics["Epoch"] == 1 and os.environ["PMI_RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGINT)  # one rank hears of it first
+Logger.log = wrapped
+script.train(tiny(script, sys.argv[1], num_envs=2))
 """
-    mpirun = ["mpirun", "-n", 2, sys.executable, "-c", program]
-    run(*mpirun, "whole", tmp_path / "whole")
-    cut = run(*mpirun, "cut", tmp_path / "cut", check=False)
+    mpirun = ["mpirun", "-n", 2, sys.executable]
+    run(*mpirun, "-c", program, tmp_path / "whole")
+    cut = run(*mpirun, "-c", program, tmp_path / "cut", check=False)
     assert cut.returncode == 130, cut.stdout + cut.stderr
     path = run_dir(tmp_path / "cut")
     assert len(rows(path)) == 2 and f"mpirun -n 2 python {script.__name__}.py --resume {path}" in cut.stdout
-    run(*mpirun, "resume", path)
+    run(*mpirun, f"{script.__name__}.py", "--resume", path)
     assert same(path, run_dir(tmp_path / "whole"))
     with pytest.raises(RunError, match="2 ranks, not 1"):
         script.train(script.Args(resume=str(path)))
@@ -255,7 +252,7 @@ def test_a_longer_run(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def finished(tmp_path):
-    ppo.train(tiny(ppo, tmp_path, keep_checkpoints=True))
+    ppo.train(tiny(ppo, "", data_dir=tmp_path, seed=np.int64(0), hidden_sizes=[8, 8], keep_checkpoints=True))  # as Python allows
     return run_dir(tmp_path)
 
 
@@ -353,19 +350,11 @@ def test_a_signal_stops_no_update_half_way(tmp_path):
     assert stored == dict(GradNorm=dict(mean=[1.0]))
 
 
-@dataclass
-class Mine(RunArgs):
-    numbers: list[int] = field(default_factory=list)
-    path: pathlib.Path | None = None
-
-
 def test_arguments_of_other_kinds_come_back(tmp_path):
-    config = json.dumps(dict(script="mine.py", numbers=[3, 4], path="b"))
-    (tmp_path / "config.json").write_text(config)
-    args = Mine(resume=str(tmp_path), numbers=[3, 4])
+    kinds = [("numbers", list[int], field(default_factory=list)), ("path", pathlib.Path | None, None)]
+    (tmp_path / "config.json").write_text(json.dumps(dict(script="mine.py", numbers=[3, 4], path="b")))
+    args = make_dataclass("Mine", kinds, bases=(RunArgs,))(resume=str(tmp_path), numbers=[3, 4])
     assert (args.numbers, args.path) == ([3, 4], pathlib.Path("b"))
-    ppo.train(tiny(ppo, "", data_dir=tmp_path / "data", seed=np.int64(0), hidden_sizes=[8, 8]))
-    assert read_config(run_dir(tmp_path / "data"))["seed"] == 0
 
 
 class Pair(NamedTuple):
@@ -408,21 +397,6 @@ def structure(rng, depth=0):
     return containers[rng.integers(len(containers))](items)
 
 
-def equal(a, b):
-    """Whether two structures are the same, to the types and bits."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, np.ndarray | np.generic):
-        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
-    if isinstance(a, dict):
-        return equal([*a.items()], [*b.items()])
-    if isinstance(a, list | tuple | collections.deque):
-        return len(a) == len(b) and getattr(a, "maxlen", 0) == getattr(b, "maxlen", 0) and all(map(equal, a, b))
-    return equal(a.value, b.value) if isinstance(a, Node) else a == b
-
-
 def there_and_back(state, fresh):
     """Write a State and read the file into another."""
     file = io.BytesIO()
@@ -454,15 +428,15 @@ def test_every_kind_of_state_comes_back():
     fresh = State(dict(thing=again, coefficient=new_coefficient, rets=new_rets, queue=new_queue), module, again.args)
     array, layer = again.array, again.layer
     there_and_back(state, fresh)
-    assert all(equal(thing.things[k], again.things[k]) for k in range(300))
+    assert repr(thing.things) == repr(again.things)  # which shows types, dtypes, shapes and a deque's maxlen
     assert again.array is array and again.layer is layer and again.me is again and np.shares_memory(again.view, array)
     assert again.args.seed == 2  # those of the run that goes on
-    assert (array == 1).all() and equal(again.none, thing.none) and again.tensor.tolist() == [1, 1, 1]
+    assert (array == 1).all() and repr(again.none) == repr(thing.none) and again.tensor.tolist() == [1, 1, 1]
     assert again.node.value is again.shared and again.spread.tolist() == [2, 2, 2]
     assert torch.equal(layer.weight, thing.layer.weight) and (again.device, again.kind) == (thing.device, np.float32)
-    assert equal(again.optimizer.state_dict()["state"], thing.optimizer.state_dict()["state"])
+    assert repr(again.optimizer.state_dict()["state"]) == repr(thing.optimizer.state_dict()["state"])
     assert again.rng.random() == thing.rng.random() and again.random.random() == thing.random.random()
-    assert (new_coefficient, equal(new_rets, rets), equal(new_queue, queue)) == (1.5, True, True)
+    assert (new_coefficient, repr(new_rets), repr(new_queue)) == (1.5, repr(rets), repr(queue))
 
 
 def test_what_a_script_has_added_to_its_state_since_is_said():
@@ -474,12 +448,10 @@ def test_what_a_script_has_added_to_its_state_since_is_said():
 
 
 def test_a_checkpoint_calls_nothing(tmp_path):
-    """Neither what Python has, nor what the state itself holds, which `take` would give and the last R of the pickle call."""
-    thing = Thing()
-    thing.call = lambda: (tmp_path / "called").touch()
-    for data in pickle.dumps(Trap(tmp_path / "trap")), b"cutils.state\ntake\n(S'kind'\nS'call'\ntR)R.":
+    """Neither what Python has, nor a function of the script, which `take` would give and the last R of the pickle call."""
+    for data in pickle.dumps(Trap(tmp_path / "trap")), b"cutils.state\ntake\n(S'kind'\nS'drawn'\ntR)R.":
         with pytest.raises((pickle.UnpicklingError, KeyError)):
-            State(dict(thing=thing), sys.modules[__name__]).read(io.BytesIO(data))
+            State(dict(thing=Thing()), sys.modules[__name__]).read(io.BytesIO(data))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -503,22 +475,14 @@ def test_a_start_copies_no_buffer():
     tracemalloc.stop()
 
 
-def test_resumed_with_other_code(tmp_path):
-    """Comments do not count; other code is said in one line, and noted. The run's own copy is never executed."""
-    home = tmp_path / "home"
-    shutil.copytree(ROOT / "utils", home / "utils")
-    text = (ROOT / "ppo.py").read_text()
-    (home / "mine.py").write_text(text)
-    options = "--env-id CartPole-v1 --total-steps 200 --steps-per-epoch 200 --num-envs 2 --minibatch-size 50 --exp-name x".split()
-    run(sys.executable, "mine.py", *options, cwd=home)
-    path = home / "data/x/x_s0"
-    assert (path / "mine.py").read_text() == text
-    edited = text.replace('"tanh": nn.Tanh', '"tanh": nn.ReLU')
-    for k, (code, differs) in enumerate([("# a remark\n" + text, False), (edited, True)]):
-        (home / "mine.py").write_text(code)
-        done = run(sys.executable, "mine.py", "--resume", "data/x/x_s0", "--total-steps", 400 + 200 * k, cwd=home)
-        assert ("is not the code of all of this run; its first is data/x/x_s0/mine.py" in done.stderr) == differs
-        assert json.loads((path / "config.json").read_text())["resumed"][k].get("other_code", False) == differs
-        assert same_code(path, home / "mine.py") != differs
-    (home / "mine.py").write_text(text)
-    assert not same_code(path, home / "mine.py")  # a part of it was made by other code
+def test_resumed_with_other_code(finished, tmp_path, monkeypatch, capsys):
+    """Comments do not count; other code is said in one line and noted, for good. The run's own copy stays as it was."""
+    text, mine = (ROOT / "ppo.py").read_text(), tmp_path / "ppo.py"
+    monkeypatch.setattr(ppo, "__file__", str(mine))  # by which runs know their script
+    for k, (code, differs) in enumerate([("# a remark\n" + text, False), (text + "other = 'code'\n", True), (text, True)]):
+        mine.write_text(code)
+        ppo.train(ppo.Args(resume=str(finished), total_steps=720 + 120 * k))
+        said = f"is not the code of all of this run; its first is {finished}/ppo.py" in capsys.readouterr().err
+        noted = read_config(finished)["resumed"][k].get("other_code", False)
+        assert (said, noted, not same_code(finished, mine)) == (differs, differs, differs)
+    assert (finished / "ppo.py").read_text() == text

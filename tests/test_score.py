@@ -61,14 +61,11 @@ def test_a_seed_without_tests_costs_only_itself():
 def test_what_is_refused(score, tmp_path):
     write_run(tmp_path / "a/x_s0", [1, 1, 1, 1], seed=0, gamma=0.5)
     write_run(tmp_path / "b/x_s0", [2, 2, 2, 2], seed=0)
-    write_run(tmp_path / "unfinished/x_s0", [2, 2], seed=0)
     with pytest.raises(RunError, match="--save .*: x_s0.csv is there already, or two runs are called so"):
         score(tmp_path / "a", tmp_path / "b", save=tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
     with pytest.raises(RunError, match="--compare 'x' 'sac': no environment has both; there are 'x'"):
         score(tmp_path / "a", compare=("x", "sac"))
-    with pytest.raises(RunError, match=f"no finished runs below {tmp_path / 'unfinished'}"):
-        score(tmp_path / "unfinished", compare=("x", "y"))
 
 
 def test_a_comparison_by_hand():

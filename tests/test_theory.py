@@ -87,12 +87,6 @@ VAL, NEXT_VAL, Q_VAL = V[STEP, OBS], V[STEP + 1, NEXT], Q[STEP, OBS, ACT]  # (T,
 SCORES = torch.stack([grad(ACTOR(EYE[s]).log_prob(torch.tensor(a))) for s in range(S) for a in range(A)]).view(S, A, -1)
 
 
-def variance(weight):
-    """Variance of sum_t grad log pi weight_t of one trajectory, summed over the parameters."""
-    sums = (SCORES[OBS, ACT] * weight.unsqueeze(-1)).sum(0)  # (N, P)
-    return (probability().detach() @ (sums - estimate(weight)).square().sum(-1)).item()
-
-
 def same(a, b):
     return torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
@@ -109,11 +103,6 @@ def test_gradient_of_log_probability_is_the_sum_of_the_policys():
     assert not same(grad(probability()[0]), SCORES[OBS[:, 0], ACT[:, 0]].sum(0))  # without the factor P
 
 
-def test_return_weighs_the_score():
-    assert same(estimate(RET), EXACT)
-    assert not same(estimate(RET.abs()), EXACT)
-
-
 def test_expected_score_is_zero():
     """In each state, under the policy's own actions; not under those of another one."""
     assert same((ACTOR(EYE).probs.unsqueeze(-1) * SCORES).sum(1), torch.zeros(S, SCORES.shape[-1]).double())
@@ -128,32 +117,24 @@ def test_past_rewards_vanish(t, k):
     assert same(estimate(weight), torch.zeros_like(EXACT)) == (k < t)
 
 
-def test_reward_to_go():
-    assert same(estimate(TO_GO), EXACT)
-    assert not same(estimate(TO_GO - REW), EXACT)  # the step's own reward belongs to it
-
-
-def test_baselines():
-    """Any function of step and observation; not of the action too."""
-    baseline = torch.randn(T, S).double()
-    assert same(estimate(baseline[STEP, OBS]), torch.zeros_like(EXACT))
-    assert same(estimate(TO_GO - baseline[STEP, OBS]), EXACT)
-    assert not same(estimate(TO_GO - torch.randn(T, S, A).double()[STEP, OBS, ACT]), EXACT)
-
-
-def test_action_values_and_advantages():
-    assert same(estimate(Q_VAL), EXACT)
-    assert same(estimate(Q_VAL - VAL), EXACT)
-    assert not same(estimate(Q_VAL[[0, 0, 0]]), EXACT)  # as if 3 steps were to go at each
+def test_what_may_weigh_the_score():
+    """The return, the reward to go, also minus any function of step and observation, Q, the advantage."""
+    baseline, of_the_action_too = torch.randn(T, S).double()[STEP, OBS], torch.randn(T, S, A).double()[STEP, OBS, ACT]
+    for weight in (RET, TO_GO, TO_GO - baseline, Q_VAL, Q_VAL - VAL):
+        assert same(estimate(weight), EXACT)
+    # the step's own reward belongs to it; the last: as if 3 steps were to go at each
+    for weight in (RET.abs(), TO_GO - REW, TO_GO - of_the_action_too, Q_VAL[[0, 0, 0]]):
+        assert not same(estimate(weight), EXACT)
 
 
 def test_variances_on_the_page():
     """Fewer terms, less variance here. Each number stands on the page as this computes it."""
     forms = {"return": RET, "reward to go": TO_GO, "reward to go minus V": TO_GO - VAL, "Q": Q_VAL, "Q minus V": Q_VAL - VAL}
-    found = {name: variance(weight) for name, weight in forms.items()}
-    page = (ROOT / "docs/policy_gradient.md").read_text()
-    for name, value in found.items():
-        assert f"| {name} | {value:.3f} |" in page, (name, value)
+    found, page = {}, (ROOT / "docs/policy_gradient.md").read_text()
+    for name, weight in forms.items():
+        sums = (SCORES[OBS, ACT] * weight.unsqueeze(-1)).sum(0)  # (N, P): sum_t grad log pi weight_t of each trajectory
+        found[name] = (probability().detach() @ (sums - estimate(weight)).square().sum(-1)).item()  # summed over the parameters
+        assert f"| {name} | {found[name]:.3f} |" in page, (name, found[name])
     assert found["return"] > found["reward to go"] > found["reward to go minus V"] > found["Q minus V"]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -13,38 +12,27 @@ import pytest
 from conftest import ALL, BOTH, ON_POLICY, ROOT, Count, register, rows, run, small, wait_until
 
 import ppo
-from utils import process
 from utils.args import cli
 from utils.check import check
+from utils.envs import make_env
 from utils.process import RunError
 
 SMALL = "--env-id CartPole-v1 --total-steps 800 --steps-per-epoch 200 --num-envs 2 --minibatch-size 50 --exp-name x".split()
 
 
-def start(script, *options, **popen):
-    """A long run in a process of its own, once it is beyond its first checkpoint, with two rows."""
-    env = os.environ | dict(OMP_NUM_THREADS="1")
-    command = [sys.executable, ROOT / script, *map(str, options)]
-    popen = dict(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)) | popen  # should the tests run under nohup
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **popen)
-    progress = pathlib.Path(options[options.index("--data-dir") + 1], "x/x_s0/progress.txt")
+LONG = "--total-steps 1000000 --exp-name x --save-freq 100 --env-id"
+TD3 = f"td3.py {LONG} Pendulum-v1 --steps-per-epoch 500 --update-after 300 --hidden-sizes 8 8 --num-test-episodes 1"
+
+
+@pytest.mark.parametrize("words, signum", [(f"ppo.py {LONG} CartPole-v1", signal.SIGTERM), (TD3, signal.SIGHUP)])
+def test_a_signal_leaves_a_checkpoint(words, signum, tmp_path):
+    """SIGTERM under nohup, where SIGHUP is not heard; and SIGHUP, should the tests themselves run under nohup, too."""
+    nohup = signum == signal.SIGTERM
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    options |= dict(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL))
+    process = subprocess.Popen([sys.executable, *words.split(), "--data-dir", tmp_path], **options)
+    progress = tmp_path / "x/x_s0/progress.txt"  # with two rows the run is beyond its first checkpoint
     wait_until(lambda: process.poll() is not None or progress.exists() and progress.read_text().count("\n") > 2)
-    return process
-
-
-LONG = "--total-steps 1000000 --exp-name x --save-freq 100".split()
-LONG_OFF_POLICY = "--env-id Pendulum-v1 --steps-per-epoch 500 --update-after 300 --hidden-sizes 8 8 --num-test-episodes 1"
-LONG_OFF_POLICY = [*LONG, *LONG_OFF_POLICY.split()]
-
-
-SIGNALLED = [("ppo.py", [*LONG, "--env-id", "CartPole-v1"], signal.SIGTERM), ("td3.py", LONG_OFF_POLICY, signal.SIGHUP)]
-
-
-@pytest.mark.parametrize("script, options, signum", SIGNALLED)
-def test_a_signal_leaves_a_checkpoint(script, options, signum, tmp_path):
-    """SIGTERM under nohup, where SIGHUP is not heard; and SIGHUP."""
-    nohup = dict(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if signum == signal.SIGTERM else {}
-    process = start(script, *options, "--data-dir", tmp_path, **nohup)
     if nohup:
         process.send_signal(signal.SIGHUP)
         time.sleep(1)
@@ -55,16 +43,6 @@ def test_a_signal_leaves_a_checkpoint(script, options, signum, tmp_path):
     assert f"{signum.name}: writing a checkpoint" in out and f"--resume {tmp_path}/x/x_s0" in out.splitlines()[-1]
     assert ("SIGHUP" in out) == (signum == signal.SIGHUP)
     assert [path.name for path in (tmp_path / "x/x_s0/checkpoint").iterdir()] == ["2_rank0.ckpt"]  # the first is of epoch 0
-
-
-def test_a_signal_in_the_middle_of_a_print_is_heard(monkeypatch):
-    def say(text):
-        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
-
-    monkeypatch.setattr(process, "say", say)
-    signals = process.Signals()
-    signals._note(signal.SIGTERM, None)
-    assert signals.got == [signal.SIGTERM]
 
 
 def test_the_second_signal_ends_at_once(tmp_path):
@@ -93,23 +71,21 @@ def test_a_reader_that_goes_away_stops_nothing(reader, tmp_path):
     assert len(rows(tmp_path / "x/x_s0")) == 4 and list((tmp_path / "x/x_s0/checkpoint").iterdir())
 
 
-@BOTH
-@pytest.mark.parametrize("kind", [np.float16, np.float32, lambda x: np.array([x])], ids=["float16", "float32", "array"])
-def test_rewards_of_other_kinds(script, kind, tmp_path):
+@pytest.mark.parametrize("rew", [np.float16(1), np.float32(0.1), np.array([0.1])], ids=["float16", "float32", "array"])
+def test_rewards_of_other_kinds(rew):
     """Summed in their own kind, 3,000 ones were 2,048, and thousands of tenths not what they are."""
 
     def step(self, action):
-        obs, _, terminated, truncated, info = Count.step(self, np.clip(action, -0.4, 0.4))
-        return obs.tolist(), kind(1 if kind is np.float16 else 0.1), np.array([terminated]), truncated, info
+        obs, _, terminated, truncated, info = Count.step(self, action)
+        return obs.tolist(), rew, np.array([terminated]), truncated, info
 
-    register("Kinds-v0", length=10**6, step=step, reset=lambda self, **options: ([0.0], Count.reset(self, **options)[1]))
-    options = dict(env_id="Kinds-v0", max_ep_len=3000, total_steps=6000, steps_per_epoch=6000)
-    on_policy = dict(num_envs=1, train_iters=1, minibatch_size=6000)
-    options |= on_policy if script in ON_POLICY else dict(start_steps=6000, update_after=6001)
-    script.train(small(script, tmp_path, exp_name="x", **options))
-    expected = sum([float(kind(1 if kind is np.float16 else 0.1).item())] * 3000)
-    (row,) = rows(tmp_path / "x/x_s0")
-    assert {float(row[name]) for name in row if name.startswith(("Max", "AverageTest")) and "EpRet" in name} == {expected}
+    register("Kinds-v0", 10**6, step=step, reset=lambda self, **options: ([0.0], Count.reset(self, **options)[1]))
+    env, ended = make_env("Kinds-v0", 3000), False
+    env.reset()
+    while not ended:
+        obs, number, terminated, ended, _ = env.step(np.zeros(2, np.float32))
+    assert env.ep_ret == sum([float(rew.item())] * 3000)
+    assert (type(obs), type(number), terminated) == (np.ndarray, float, False)
 
 
 @ALL
@@ -126,13 +102,11 @@ def test_spellings_of_a_wandb_agent(script):
             cli(script.Args, ["--total-steps", steps])
 
 
-LAUNCHERS = dict(torchrun=dict(TORCHELASTIC_RUN_ID="none", WORLD_SIZE="2"), srun=dict(SLURM_STEP_NUM_TASKS="2"))
-
-
-@pytest.mark.parametrize("name", LAUNCHERS)
-def test_other_launchers_start_nothing(name, tmp_path, monkeypatch):
-    for variable, value in LAUNCHERS[name].items():
-        monkeypatch.setenv(variable, value)
+@pytest.mark.parametrize("name, variable", [("torchrun", "WORLD_SIZE"), ("srun", "SLURM_STEP_NUM_TASKS")])
+def test_other_launchers_start_nothing(name, variable, tmp_path, monkeypatch):
+    monkeypatch.setenv(variable, "2")
+    if name == "torchrun":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with pytest.raises(RunError, match=f"{name} has started 2 processes that know nothing of each other: take mpirun -n 2"):
         ppo.train(small(ppo, tmp_path))
     assert not any(tmp_path.iterdir())
@@ -140,15 +114,8 @@ def test_other_launchers_start_nothing(name, tmp_path, monkeypatch):
 
 def test_a_run_that_a_rank_starts_is_alone(tmp_path):
     """It inherits the environment of the rank, but not its line to the launcher."""
-    program = f"""
-import subprocess, sys
-from mpi4py import MPI
-if MPI.COMM_WORLD.Get_rank() == 1:
-    command = [sys.executable, {str(ROOT / "ppo.py")!r}, *{SMALL!r}, "--data-dir", {str(tmp_path)!r}]
-    subprocess.run(command, check=True)
-"""
-    (tmp_path / "program.py").write_text(program)
-    run("mpirun", "-n", 2, sys.executable, tmp_path / "program.py")
+    program = "import subprocess, sys; from mpi4py import MPI; MPI.COMM_WORLD.rank and subprocess.run(sys.argv[1:], check=True)"
+    run("mpirun", "-n", 2, sys.executable, "-c", program, sys.executable, ROOT / "ppo.py", *SMALL, "--data-dir", tmp_path)
     assert json.loads((tmp_path / "x/x_s0/config.json").read_text())["ranks"] == 1
 
 
