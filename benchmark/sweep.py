@@ -164,7 +164,8 @@ def use_earlier_attempts(run, script, launcher, ranks):
     steps = {}
     for path in sorted(run.parent.glob(f"{run}*/config.json")):
         with contextlib.suppress(RunError):  # not of a run
-            if wanted.items() <= read_config(path.parent).items():
+            config = read_config(path.parent)
+            if all(config.get(name, value) == value for name, value in wanted.items()):  # older ones lack new arguments
                 if same_code(path.parent, script):
                     steps[path.parent] = steps_done(read_rows(path.parent / "progress.txt"))
                 else:

@@ -12,6 +12,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import get_args
 
+import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest

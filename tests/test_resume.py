@@ -235,8 +235,9 @@ def test_a_longer_run(tmp_path, monkeypatch, capsys):
     td3.train(tiny(td3, tmp_path / "cut"))
     cut = run_dir(tmp_path / "cut")
     (cut / "progress.txt").unlink()
+    config = read_config(cut)
     td3.train(td3.Args(resume=str(cut)))
-    assert read_config(cut)["finished"]
+    assert read_config(cut) == config and config["finished"]  # there was nothing to do
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError) as error:  # before its first save
         patch.setattr(td3.ReplayBuffer, "collect", lambda *args: 1 / 0)
         td3.train(td3.Args(resume=str(cut), total_steps=960))
@@ -247,7 +248,7 @@ def test_a_longer_run(tmp_path, monkeypatch, capsys):
     td3.train(td3.Args(resume=str(cut)))
     assert same(cut, run_dir(tmp_path / "whole"))
     config = read_config(cut)
-    assert config["total_steps"] == 960 and config["resumed"] == [{name: config[name] for name in ("versions", "git_commit")}] * 3
+    assert config["total_steps"] == 960 and config["resumed"] == [{name: config[name] for name in ("versions", "git_commit")}] * 2
 
 
 @pytest.fixture
@@ -348,6 +349,19 @@ def test_a_signal_stops_no_update_half_way(tmp_path):
             stored = dict(logger.stored)
             logger.store(TotalEnvInteracts=1)
     assert stored == dict(GradNorm=dict(mean=[1.0]))
+
+
+def test_a_run_that_a_break_has_ended_goes_on(tmp_path):
+    args, model = tiny(ppo, tmp_path), torch.nn.Linear(1, 1)
+    with Logger(args, ppo.__file__) as logger:
+        for epoch in logger.epochs(4, model=model):
+            logger.log(Epoch=epoch, TotalEnvInteracts=120 * (epoch + 1))
+            if epoch == 1:
+                logger.save()
+                break
+    with Logger(ppo.Args(resume=str(logger.dir)), ppo.__file__) as again:
+        assert list(again.epochs(4, model=model)) == [2, 3]
+    assert [row["Epoch"] for row in rows(logger.dir)] == ["0", "1"]
 
 
 def test_arguments_of_other_kinds_come_back(tmp_path):

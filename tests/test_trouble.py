@@ -112,13 +112,6 @@ def test_other_launchers_start_nothing(name, variable, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_run_that_a_rank_starts_is_alone(tmp_path):
-    """It inherits the environment of the rank, but not its line to the launcher."""
-    program = "import subprocess, sys; from mpi4py import MPI; MPI.COMM_WORLD.rank and subprocess.run(sys.argv[1:], check=True)"
-    run("mpirun", "-n", 2, sys.executable, "-c", program, sys.executable, ROOT / "ppo.py", *SMALL, "--data-dir", tmp_path)
-    assert json.loads((tmp_path / "x/x_s0/config.json").read_text())["ranks"] == 1
-
-
 def test_the_id_that_was_made_is_recorded(tmp_path, capsys):
     args = ppo.Args(env_id="conftest:Count")
     check(args)

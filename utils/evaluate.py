@@ -15,25 +15,29 @@ import contextlib
 import ctypes.util
 import importlib.util
 import json
+import math
 import os
 import sys
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
+import imageio.v2 as imageio
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 from tyro.conf import FlagCreatePairsOff, Positional, arg, create_mutex_group
 
 from utils.args import AtLeast0, AtLeast1
 from utils.check import check_ranges, silence_environments
 from utils.envs import check_finite, make_env
-from utils.film import Camera, follow
 from utils.process import RunError, one_line
 from utils.run_dir import read_config, same_code
 
 ROOT = Path(__file__).resolve().parent.parent
+FILMS = {".mp4": (50, 480, 30), ".gif": (25, 240, 10)}  # at most: frames a second, pixels a side, seconds
 EITHER = create_mutex_group(required=False)
 
 
@@ -113,6 +117,69 @@ def import_script(path):
     return module
 
 
+def follow(env):
+    """Look through MuJoCo's camera "track", as Gymnasium would not, at a floor without end; the physics stays the same."""
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer is None:
+        return
+    import mujoco
+
+    model = renderer.model
+    camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+    if camera >= 0:
+        renderer.camera_id = camera
+        renderer.default_cam_config = dict(type=mujoco.mjtCamera.mjCAMERA_FIXED, fixedcamid=camera)  # that of a window
+        floor = (model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE) & (model.geom_matid >= 0) & model.geom_size[:, :2].all(1)
+        model.mat_texrepeat[model.geom_matid[floor]] /= 2 * model.geom_size[floor, :2]  # now per metre
+        model.geom_size[floor, :2] = 0  # no end
+
+
+class Camera:
+    """Films `env` to `path`, an .mp4 or a .gif, in the environment's own time. Call it after each reset and step.
+
+    To keep the file small, frames are left out, made smaller, and no longer taken after some seconds.
+    """
+
+    def __init__(self, env, path):
+        self.env, self.path, self.calls, self.writer = env, Path(path), 0, None
+        kind = self.path.suffix.lower()
+        if kind not in FILMS or not self.path.absolute().parent.is_dir():
+            raise RunError(f"--video {path}: has to end in {' or '.join(FILMS)}, in a directory that exists")
+        if env.render_mode != "rgb_array":
+            raise RunError(f"--video {path}: {env} draws no pictures; it needs render_mode='rgb_array'")
+        max_fps, self.max_pixels, seconds = FILMS[kind]
+        self.env_fps = env.metadata.get("render_fps") or 30
+        self.every = math.ceil(self.env_fps / max_fps)
+        self.max_calls, fps = seconds * self.env_fps, self.env_fps / self.every
+        gif = dict(duration=10 * round(100 / fps), loop=0)  # in ms, of which a .gif stores the tens
+        self.options = gif if kind == ".gif" else dict(fps=fps, macro_block_size=2)
+
+    @contextlib.contextmanager
+    def _errors_in_one_line(self):
+        hint = "; MuJoCo needs EGL or OSMesa: apt install libegl1 libgl1, or libosmesa6 and MUJOCO_GL=osmesa"
+        hint = hint if hasattr(self.env.unwrapped, "mujoco_renderer") and not self.writer else ""
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of GLFW, which says less than the error
+                yield
+        except Exception as error:  # OpenGL's libraries fail in many ways
+            raise RunError(f"--video {self.path}: cannot be filmed: {one_line(error)}{hint}") from None
+
+    def __call__(self):
+        if self.calls % self.every == 0 and self.calls < self.max_calls:
+            with self._errors_in_one_line():
+                picture = Image.fromarray(self.env.render())  # (height, width, 3)
+                picture.thumbnail((self.max_pixels, self.max_pixels))
+                self.writer = self.writer or imageio.get_writer(self.path, **self.options)
+                self.writer.append_data(np.asarray(picture))
+        self.calls += 1
+
+    def close(self):
+        """Complete the file."""
+        if self.writer:
+            with self._errors_in_one_line():
+                self.writer.close()
+
+
 def play(env, act, episodes=1, deterministic=None, max_len=None, seed=0, video=None):
     """Run episodes of an environment of `load_policy` or `make_env`; yields the return and the length of each.
 
@@ -163,10 +230,7 @@ def evaluate(args):
 if __name__ == "__main__":
     cli_args = tyro.cli(Args, config=(FlagCreatePairsOff,))
     torch.set_num_threads(1)  # a second one gains little for networks of this size
+    with contextlib.redirect_stdout(sys.stderr) if cli_args.json else contextlib.nullcontext():
+        result = evaluate(cli_args)
     if cli_args.json:
-        stdout = os.dup(1)
-        os.dup2(2, 1)  # whatever else is printed, by a C library too, goes to stderr
-    result = evaluate(cli_args)
-    if cli_args.json:
-        with open(stdout, "w") as file:
-            print(json.dumps(result), file=file)
+        print(json.dumps(result))

@@ -51,7 +51,7 @@ class Logger:
         name = ["-m", ".".join(path.relative_to(root).with_suffix("").parts)] if in_folder else [os.path.relpath(script)]
         self.command = ["mpirun", "-n", str(mpi.size())] * (mpi.size() > 1) + ["python", *name]
         self.dir, self.stored, self.display = self.run.path, {}, None
-        self.signals, self.epoch, self.last_steps = Signals(), 0, 0
+        self.signals, self.epoch, self.logged, self.last_steps = Signals(), 0, 0, 0
         self.start = self.last_time = time.monotonic()
 
     def epochs(self, count, model, **state):
@@ -71,13 +71,15 @@ class Logger:
             mpi.check_equal(*self.modules)
             self.epoch, self.last_steps, self.stored = info["epoch"], info["last_steps"], info["stored"]
             self.start, self.last_time = (time.monotonic() - info[name] for name in ("elapsed", "since_row"))
+        if self.epoch == count:
+            if mpi.rank() == 0:
+                say(f"{self.dir}: nothing to do, the run has its {self.last_steps:,} steps; --total-steps makes it longer")
+            return
         self.run.open()
         if mpi.rank() == 0:
             args, ranks = self.args, f"{mpi.size()} ranks" if mpi.size() > 1 else "1 process"
             steps = f"{count * args.steps_per_epoch:,} steps in epochs of {args.steps_per_epoch:,}"
             say(f"{self.dir}  ({args.env_id}, seed {args.seed}, {steps}, {args.device}, {ranks})")
-            if self.epoch == count:
-                say(f"nothing to do: the run has its {self.last_steps:,} steps; --total-steps makes it longer")
             self.display = Display(count * args.steps_per_epoch, self.stored.get("TotalEnvInteracts", self.last_steps))
         while self.epoch < count:
             yield self.epoch
@@ -130,7 +132,7 @@ class Logger:
             if value != "" and not np.isfinite(value):
                 raise RunError(f"{name} is {value} at step {steps:,}; model.pt is left as it was")
         row |= dict(Time=now - self.start, StepsPerSec=(steps - self.last_steps) / max(now - self.last_time, 1e-9))
-        self.last_time, self.last_steps = now, steps
+        self.last_time, self.last_steps, self.logged = now, steps, self.epoch + 1
         if mpi.rank() == 0:
             self.run.write_row(row)
             self.display.update(steps, row)
@@ -143,7 +145,8 @@ class Logger:
             if not torch.isfinite(tensor).all():
                 raise RunError(f"parameter {name} is not finite at step {self.last_steps:,}; model.pt is left as it was")
         now = time.monotonic()
-        info = dict(epoch=self.epoch, last_steps=self.last_steps, stored=self.stored, total_steps=self.args.total_steps)
+        epoch = max(self.epoch, self.logged)  # within an epoch whose row is written, as before a break, it is done
+        info = dict(epoch=epoch, last_steps=self.last_steps, stored=self.stored, total_steps=self.args.total_steps)
         self.run.save(self.model, keep, self.state, info | dict(elapsed=now - self.start, since_row=now - self.last_time))
 
     def stop_if_told(self, save=True):
