@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import os
 import re
 import shlex
@@ -62,11 +63,21 @@ class Run:
         options = dict(stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
         try:
             self.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.parent / f"{self}.log", "a") as log:  # in its own group it gets Ctrl-C from `stop` alone
+            with self._open_log() as log:  # in its own group it gets Ctrl-C from `stop` alone
                 self.log, self.log_start = Path(log.name), log.tell()
                 self.process = subprocess.Popen(self.command, stdout=log, process_group=0, **options)
         except OSError as error:
             raise RunError(f"{self} cannot be started: {error}") from None
+
+    def _open_log(self):
+        """That of the run to resume, else a new one with the number that Logger will choose, unless another sweep's has it."""
+        if self.resumes:
+            return open(self.parent / f"{self.resumes.name}.log", "a")
+        for k in itertools.count():
+            path = self.parent / (f"{self}_{k}" if k else f"{self}")
+            if not path.exists():
+                with contextlib.suppress(FileExistsError):
+                    return open(f"{path}.log", "x")
 
     def poll(self):
         """Note the time, the run directory if it is known by now, and how the process ended if it has."""

@@ -91,6 +91,7 @@ def load_cells(args):
     def cell(script, env_id):
         algo, env = Path(script).stem, env_id.split("-v")[0]
         others = (published["algo"] == algo) & (published["env"] == env) & (published["steps"] == args.total_steps)
+        others &= published["mean"] > 0  # of less there is no part
         return Cell(algo, env_id, found.get((script, env_id)), published[others])
 
     return {family: [cell(*key) for key in itertools.product(scripts, ENV_IDS)] for family, scripts in FAMILIES.items()}
@@ -350,12 +351,14 @@ environments. `python -m benchmark.mujoco` makes the curves, `python -m benchmar
 - *Final 10%*: the mean over the last 10% of the steps; *in training*, of the returns in training, with noise.
 - *Trained*: the last point, of the trained policies, on-policy too of 10 episodes.
 - ±: the standard deviation over the seeds.
-- *Published*: means at {args.total_steps:,} steps, from `benchmark/published.csv`; for VPG those of A2C, a policy gradient with a
-  critic as ours is. The on-policy ones come from tests with noise (Tianshou), tests without noise (TD3 paper) or training
-  (Baselines, Spinning Up), or it is not said (XuanCe, PPO paper). Single runs (RL Zoo, models on Hugging Face) are left out.
+- *Published*: returns at {args.total_steps:,} steps, from `benchmark/published.csv`; for VPG those of A2C, a policy gradient with a
+  critic as ours is. The on-policy ones come from tests with noise (Tianshou; XuanCe and nnabla-rl, by their code), tests without
+  (TD3 paper) or training (Baselines, Spinning Up), or it is not said (PPO paper). Left out are models of single runs (RL Zoo,
+  Hugging Face) and results on version 5 of the environments.
 - *Ratio*: our best divided by the published, rounded down, bold where it falls short; of several published that which makes it
-  lowest. Our best is the best point, with one or two seeds the best 5, which flatters less. Some (†: XuanCe, by its script, and
-  PFRL) took each run's best test, and the mean of those if there was more than one: so is ours there, *each run's best*.
+  lowest, which is not always the highest. Our best is the best point, with one or two seeds the best 5, which flatters less.
+  † XuanCe, by its script, PFRL and ChainerRL took each run's best test, the last two the mean of ten: there ours is *each run's
+  best*, the mean.
 
 Our best / the published (ratio):
 """,
@@ -369,7 +372,7 @@ Our best / the published (ratio):
     lines += [
         """![Learning curves](curves.png)
 
-Means and standard deviations over the seeds; dashed, the published that makes the ratio.
+Means and standard deviations over the seeds; dashed, the published that makes the ratio, which with † is no point of a mean curve.
 
 Interquartile mean, over all runs, of the return that counts for its cell (an algorithm on an environment), divided by the
 published; interval: bootstrap over each cell's seeds (arXiv:2108.13264), too narrow where a cell has one or two:
@@ -379,7 +382,7 @@ published; interval: bootstrap over each cell's seeds (arXiv:2108.13264), too na
 ## Time to a return
 
 When the seed-averaged curves first reach the mean return that CleanRL's documentation states for the whole run of its script, and
-the minutes that this takes on one core, off-policy with tests. Their SAC ran on version 2. One point may be luck:
+the minutes that this takes on one core, off-policy with tests. One point of one seed may be luck:
 """,
         *time_table(there, pd.read_csv(args.published)),
         "",

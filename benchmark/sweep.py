@@ -165,8 +165,8 @@ def use_earlier_attempts(run, script, launcher, ranks):
     for path in sorted(run.parent.glob(f"{run}*/config.json")):
         with contextlib.suppress(RunError):  # not of a run
             config = read_config(path.parent)
-            if all(config.get(name, value) == value for name, value in wanted.items()):  # older ones lack new arguments
-                if same_code(path.parent, script):
+            if {name: value for name, value in wanted.items() if name in config}.items() <= config.items():
+                if wanted.keys() <= config.keys() and same_code(path.parent, script):  # older ones lack new arguments
                     steps[path.parent] = steps_done(read_rows(path.parent / "progress.txt"))
                 else:
                     run.outdated = path.parent

@@ -103,8 +103,7 @@ def test_seed_makes_the_episodes(runs):
 
 def test_command_line(ppo_run):
     done = run(sys.executable, "-m", "utils.evaluate", ppo_run, "-n", 3, "--seed", 4, "--json")
-    result = json.loads(done.stdout)  # and nothing else: what is printed besides goes to the other file, whoever prints it
-    assert "episode 2  return" in done.stderr
+    result = json.loads(done.stdout)  # and nothing else
     env, act = load_policy(ppo_run)
     expected = list(play(env, act, episodes=3, seed=4))
     rets = [ret for ret, _ in expected]
@@ -196,6 +195,11 @@ def test_nothing_of_the_run_directory_is_executed(ppo_run, monkeypatch):
     for name in ("copy.evil:CartPole-v1", "copy.evil.more:CartPole-v1"):
         change_config(ppo_run, script="ppo.py", env_id=name)
         refused("execute", run_dir=ppo_run)
+    (ppo_run / "package").mkdir()
+    (ppo_run / "package/__init__.py").write_text((ppo_run / "evil.py").read_text())
+    (ppo_run / "package/link").symlink_to("/tmp")  # leads out again
+    change_config(ppo_run, env_id="copy.package.link:CartPole-v1")
+    refused("execute", run_dir=ppo_run)
     assert not trap.exists()
     change_config(ppo_run, env_id="conftest:Count-v0")  # but others may be imported
     refused("size mismatch", run_dir=ppo_run)
@@ -228,6 +232,21 @@ def test_bad_arguments_are_refused(ppo_run, monkeypatch):
     for words, options in refused.items():
         with pytest.raises(RunError, match=words):
             evaluate.evaluate(evaluate.Args(ppo_run, **options))
+
+
+def test_what_environments_print_is_not_on_stdout_with_json(runs, tmp_path):
+    """Neither from Python nor from C."""
+    (tmp_path / "loud.py").write_text(
+        "import os, gymnasium as gym\nfrom conftest import Count\n\n\nclass Loud(Count):\n    def __init__(self, **options):\n"
+        "        os.write(1, b'from C')\n        print('from Python')\n        super().__init__(**options)\n\n\n"
+        "gym.register('Loud-v0', Loud)\n"
+    )
+    run_dir = shutil.copytree(runs(ON_POLICY[-1], env_id="conftest:Count-v0")[1], tmp_path / "copy")
+    change_config(run_dir, env_id="loud:Loud-v0")
+    path = f"{tmp_path}:{ROOT / 'tests'}"
+    done = run(sys.executable, "-m", "utils.evaluate", run_dir, "-n", 1, "--json", PYTHONPATH=path)
+    assert json.loads(done.stdout)["returns"] == [6.0] and done.stdout.count("\n") == 1, done
+    assert "from C" in done.stderr and "from Python" in done.stderr and "episode 0  return 6.00" in done.stderr
 
 
 CLOCK = dict(metadata={"render_modes": ["rgb_array"], "render_fps": 100}, render_mode="rgb_array")

@@ -244,8 +244,9 @@ def test_files(suffix, magic, two_seeds, tmp_path):
     assert dict(matplotlib.rcParams) == before
 
 
-def test_without_a_display(two_seeds, monkeypatch):
-    monkeypatch.setitem(matplotlib.rcParams, "backend", "agg")
+@pytest.mark.parametrize("backend", ["agg", "module://no_such_backend"])  # no windows; cannot be loaded
+def test_without_a_display(backend, two_seeds, monkeypatch):
+    monkeypatch.setitem(matplotlib.rcParams, "backend", backend)
     with pytest.raises(RunError, match="there is no display to open a window on; .* --out"):
         main(Args((two_seeds,)))
 

@@ -238,6 +238,9 @@ def test_a_longer_run(tmp_path, monkeypatch, capsys):
     config = read_config(cut)
     td3.train(td3.Args(resume=str(cut)))
     assert read_config(cut) == config and config["finished"]  # there was nothing to do
+    change_config(cut, finished=False)  # as a kill before the last line of config.json leaves it
+    td3.train(td3.Args(resume=str(cut)))
+    assert read_config(cut)["finished"] and len(rows(cut)) == 5
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError) as error:  # before its first save
         patch.setattr(td3.ReplayBuffer, "collect", lambda *args: 1 / 0)
         td3.train(td3.Args(resume=str(cut), total_steps=960))
@@ -248,7 +251,7 @@ def test_a_longer_run(tmp_path, monkeypatch, capsys):
     td3.train(td3.Args(resume=str(cut)))
     assert same(cut, run_dir(tmp_path / "whole"))
     config = read_config(cut)
-    assert config["total_steps"] == 960 and config["resumed"] == [{name: config[name] for name in ("versions", "git_commit")}] * 2
+    assert config["total_steps"] == 960 and config["resumed"] == [{name: config[name] for name in ("versions", "git_commit")}] * 3
 
 
 @pytest.fixture

@@ -286,6 +286,13 @@ def test_tiny_numbers_are_flushed():
     assert (torch.tensor([1e-20]) * 1e-20).item() == 0
 
 
+def test_products_of_wide_layers_are_as_exact_as_of_narrow_ones():
+    set_up(ddpg.Args())
+    x, w = torch.randn(2, 256, 256)
+    for a, b in (x, w), (x.T, w), (x, w.T):
+        assert (a @ b - (a.double() @ b.double())).abs().max() < 1e-3  # of bfloat16's 0.1
+
+
 @pytest.mark.parametrize("exact, width, precision", [(True, 256, "bf16"), (True, 64, "none"), (False, 256, "none")])
 def test_onednn_multiplies_wide_layers_where_it_does_not_round(exact, width, precision):
     with pytest.MonkeyPatch.context() as patch:

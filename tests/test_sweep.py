@@ -290,6 +290,19 @@ def test_skip_done_resumes_from_a_checkpoint(fake):
     assert again.resumes is None  # the second rank had not written its part
 
 
+def test_two_sweeps_of_one_name_at_once(fake):
+    """Each has a log of its own and knows which directory is its run's."""
+    (fake / "hold0").touch()
+    runs = [plan(Args(("fake.py",)), {"gamma": [gamma]})[0] for gamma in ("0.5", "0.6", "0.7")]
+    for run in runs:
+        run.launch()
+    wait_until(lambda: [run.poll() for run in runs] and all(run.run_dir for run in runs))
+    (fake / "hold0").unlink()
+    assert [run.process.wait(60) for run in runs] == [0, 0, 0]
+    gammas = [json.loads((run.run_dir / "config.json").read_text())["gamma"] for run in runs]
+    assert gammas == [0.5, 0.6, 0.7] and len({run.log for run in runs}) == 3
+
+
 def test_time_left_and_progress(fake):
     """One run is through after 10 s, two have done half in 5 s; half a run each and three whole ones are left for 2 workers."""
     runs = plan(Args(("fake.py",)), {"seed": list("012345")})

@@ -12,6 +12,7 @@ import pytest
 from conftest import ALL, BOTH, ON_POLICY, ROOT, Count, register, rows, run, small, wait_until
 
 import ppo
+from utils import process
 from utils.args import cli
 from utils.check import check
 from utils.envs import make_env
@@ -43,6 +44,16 @@ def test_a_signal_leaves_a_checkpoint(words, signum, tmp_path):
     assert f"{signum.name}: writing a checkpoint" in out and f"--resume {tmp_path}/x/x_s0" in out.splitlines()[-1]
     assert ("SIGHUP" in out) == (signum == signal.SIGHUP)
     assert [path.name for path in (tmp_path / "x/x_s0/checkpoint").iterdir()] == ["2_rank0.ckpt"]  # the first is of epoch 0
+
+
+def test_a_signal_in_the_middle_of_a_print_is_heard(monkeypatch):
+    def say(text):
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+
+    monkeypatch.setattr(process, "say", say)
+    signals = process.Signals()
+    signals._note(signal.SIGTERM, None)
+    assert signals.got == [signal.SIGTERM]
 
 
 def test_the_second_signal_ends_at_once(tmp_path):
@@ -110,6 +121,13 @@ def test_other_launchers_start_nothing(name, variable, tmp_path, monkeypatch):
     with pytest.raises(RunError, match=f"{name} has started 2 processes that know nothing of each other: take mpirun -n 2"):
         ppo.train(small(ppo, tmp_path))
     assert not any(tmp_path.iterdir())
+
+
+def test_a_run_that_a_rank_starts_is_alone(tmp_path):
+    """It inherits the environment of the rank, but not its line to the launcher."""
+    program = "import subprocess, sys; from mpi4py import MPI; MPI.COMM_WORLD.rank and subprocess.run(sys.argv[1:], check=True)"
+    run("mpirun", "-n", 2, sys.executable, "-c", program, sys.executable, ROOT / "ppo.py", *SMALL, "--data-dir", tmp_path)
+    assert json.loads((tmp_path / "x/x_s0/config.json").read_text())["ranks"] == 1
 
 
 def test_the_id_that_was_made_is_recorded(tmp_path, capsys):

@@ -230,7 +230,10 @@ def evaluate(args):
 if __name__ == "__main__":
     cli_args = tyro.cli(Args, config=(FlagCreatePairsOff,))
     torch.set_num_threads(1)  # a second one gains little for networks of this size
-    with contextlib.redirect_stdout(sys.stderr) if cli_args.json else contextlib.nullcontext():
-        result = evaluate(cli_args)
     if cli_args.json:
-        print(json.dumps(result))
+        stdout = os.dup(1)
+        os.dup2(2, 1)  # whatever else is printed, by a C library too, goes to stderr
+    result = evaluate(cli_args)
+    if cli_args.json:
+        with open(stdout, "w") as file:
+            print(json.dumps(result), file=file)

@@ -71,9 +71,10 @@ class Logger:
             mpi.check_equal(*self.modules)
             self.epoch, self.last_steps, self.stored = info["epoch"], info["last_steps"], info["stored"]
             self.start, self.last_time = (time.monotonic() - info[name] for name in ("elapsed", "since_row"))
-        if self.epoch == count:
-            if mpi.rank() == 0:
-                say(f"{self.dir}: nothing to do, the run has its {self.last_steps:,} steps; --total-steps makes it longer")
+        done = self.epoch == count
+        if done and mpi.rank() == 0:
+            say(f"{self.dir}: nothing to do, the run has its {self.last_steps:,} steps; --total-steps makes it longer")
+        if done and self.run.config.get("finished"):
             return
         self.run.open()
         if mpi.rank() == 0:

@@ -24,6 +24,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import tyro
+from matplotlib.backends import BackendFilter, backend_registry
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from tyro.conf import Positional, arg
@@ -173,7 +174,11 @@ def _show(fig):
     """Open a window and wait until it is closed."""
     from matplotlib import pyplot  # only here, as it looks for a display
 
-    if pyplot.get_backend().lower() == "agg":  # which matplotlib takes where there is no display
+    try:
+        pyplot.switch_backend(pyplot.get_backend())
+    except ImportError:  # a backend that MPLBACKEND names, but cannot be had here
+        pyplot.switch_backend("agg")
+    if pyplot.get_backend().lower() not in backend_registry.list_builtin(BackendFilter.INTERACTIVE):
         raise RunError("there is no display to open a window on; write the figure to a file, with --out curves.png")
     fig.set_dpi(200)
     pyplot.figure(fig)

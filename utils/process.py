@@ -34,6 +34,16 @@ def say(text, file=None):
             say(f"the output cannot be written any more ({error.strerror}); the run goes on without it", sys.stderr)
 
 
+def _launched():
+    """How many processes MPI's launcher has started; 1 in a process that a rank has started for itself."""
+    env = os.environ
+    try:
+        "PMI_FD" in env and os.fstat(int(env["PMI_FD"]))
+    except OSError:  # MPICH's line to the launcher is the rank's alone
+        return 1
+    return max(int(env.get(name, 1)) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+
+
 def refuse_other_launchers():
     """Raise RunError in a process of a launcher that is not MPI's: each would do the same run."""
     name, variable = ("torchrun", "WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else ("srun", "SLURM_STEP_NUM_TASKS")
@@ -45,7 +55,7 @@ def refuse_other_launchers():
 
 def _connect():
     """The communicator of all ranks, or None in a single process."""
-    launched = max(int(os.environ.get(name, 1)) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    launched = _launched()
     if launched == 1:
         return None
     if sys.platform == "linux":  # die with the launcher, which may end without ending its ranks
