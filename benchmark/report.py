@@ -351,7 +351,7 @@ environments. `python -m benchmark.mujoco` makes the curves, `python -m benchmar
 - *Final 10%*: the mean over the last 10% of the steps; *in training*, of the returns in training, with noise.
 - *Trained*: the last point, of the trained policies, on-policy too of 10 episodes.
 - ±: the standard deviation over the seeds.
-- *Published*: returns at {args.total_steps:,} steps, from `benchmark/published.csv`; for VPG those of A2C, a policy gradient with a
+- *Published*: returns at {args.total_steps:,} steps, from `benchmark/published.csv`; for VPG also A2C's, a policy gradient with a
   critic as ours is. The on-policy ones come from tests with noise (Tianshou; XuanCe and nnabla-rl, by their code), tests without
   (TD3 paper) or training (Baselines, Spinning Up), or it is not said (PPO paper). Left out are models of single runs (RL Zoo,
   Hugging Face) and results on version 5 of the environments.
